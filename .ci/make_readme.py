@@ -1,0 +1,25 @@
+"README.md from nbs/index.ipynb: `python .ci/make_readme.py`. Cells tagged `remove-input` show their output only."
+from pathlib import Path
+
+from nbconvert import MarkdownExporter
+from traitlets.config import Config
+
+root = Path(__file__).parents[1]
+pictures = 'nbs/index_files'
+
+
+def readme():
+    "The text of README.md, and its pictures: path → bytes"
+    config = Config(TagRemovePreprocessor={'enabled': True, 'remove_input_tags': {'remove-input'}})
+    exporter = MarkdownExporter(config=config)
+    exporter.register_preprocessor('nbconvert.preprocessors.TagRemovePreprocessor', enabled=True)
+    text, resources = exporter.from_filename(str(root/'nbs'/'index.ipynb'), {'output_files_dir': pictures})
+    text = text.replace('](images/', '](nbs/images/')
+    return '\n'.join(line.rstrip() for line in text.strip().splitlines()) + '\n', resources['outputs']
+
+
+if __name__ == '__main__':
+    text, files = readme()
+    (root/'README.md').write_text(text, encoding='utf-8')
+    (root/pictures).mkdir(exist_ok=True)
+    for name, content in files.items(): (root/name).write_bytes(content)

@@ -1,0 +1,31 @@
+"The project's own promises: README and notebooks agree, and the commands are the ones that CI runs."
+import json
+import runpy
+
+import pytest
+
+
+def test_readme_is_made_from_the_index(root):
+    text, pictures = runpy.run_path(str(root/'.ci'/'make_readme.py'))['readme']()
+    assert text == (root/'README.md').read_text(encoding='utf-8'), 'run: python .ci/make_readme.py'
+    assert pictures, 'the README has a picture of the result'
+    for name, content in pictures.items():
+        assert name in text and (root/name).read_bytes() == content
+
+
+def test_readme_has_two_one_line_commands(root):
+    lines = (root/'README.md').read_text(encoding='utf-8').splitlines()
+    commands = [line for line in lines if line.startswith('python3 -m venv')]
+    assert len(commands) == 2
+    assert 'papermill nbs/20_run_setting.ipynb' in commands[0] and 'nbdev_test' in commands[1] and 'pytest' in commands[1]
+
+
+@pytest.mark.parametrize('kind', ['experiments', 'rooms'])
+def test_every_notebook_is_executed_and_small(root, kind):
+    for path in (root/'nbs').glob('*.ipynb'):
+        if (path.name[0] == '2') != (kind == 'experiments'): continue
+        cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
+        assert any(c['outputs'] for c in cells), f'{path.name} has no outputs'
+        assert not any(o['output_type'] == 'error' for c in cells for o in c['outputs']), f'{path.name} shows an error'
+        assert path.stat().st_size < 500_000, f'{path.name} is too large to read on a code host'
+        assert ('parameters' in [t for c in cells for t in c['metadata'].get('tags', [])]) == (kind == 'experiments')

@@ -1,0 +1,76 @@
+"The run as users start it: notebook by papermill, command, Python; and what must not be needed."
+import json
+import os
+import subprocess
+import sys
+
+import papermill
+import pytest
+
+from curve_reweight.experiment import Setting, run
+
+small = dict(epochs=4, probe_epochs=10)
+
+
+def facts(row):
+    "A row without what may differ between two equal runs"
+    return {k: v for k, v in row.items() if not k.startswith('seconds') and k != 'out_dir'}
+
+
+def python(*args, **kw):
+    "Run this Python with arguments"
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kw)
+
+
+def run_notebook(root, folder, **params):
+    "Run the experiment notebook with parameters"
+    out = folder/'notebook.ipynb'
+    papermill.execute_notebook(root/'nbs'/'20_run_setting.ipynb', out, params, cwd=root, progress_bar=False)
+    return out
+
+
+def test_same_row_from_notebook_command_and_python(root, tmp_path):
+    run_notebook(root, tmp_path, **small, out_dir=str(tmp_path/'notebook'))
+    done = python('-m', 'curve_reweight', '--epochs', '4', '--probe_epochs', '10', '--out_dir', str(tmp_path/'command'))
+    assert done.returncode == 0, done.stderr
+    assert 'test accuracy' in done.stdout and done.stderr == ''
+    rows = [json.loads((tmp_path/name/'row.json').read_text()) for name in ('notebook', 'command')]
+    here = run(Setting(**small)).row
+    assert facts(rows[0]) == facts(rows[1]) == json.loads(json.dumps(facts(here)))
+
+
+def test_notebook_refuses_an_unknown_parameter(root, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'epoch', did you mean 'epochs'?"):
+        run_notebook(root, tmp_path, epoch=3)
+
+
+def test_notebook_has_the_settings_parameters(root):
+    names = papermill.inspect_notebook(str(root/'nbs'/'20_run_setting.ipynb'))
+    defaults = {f: getattr(Setting(), f) for f in Setting.__dataclass_fields__}
+    assert {n: eval(p['default']) for n, p in names.items()} == defaults
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--noise_rate', '1.4'], 'noise_rate is 1.4'), (['--imbalance_ratio', '0.1'], 'write 10'), (['--noise_kind', 'x'], 'known: uniform'),
+    (['--epochs', 'many'], "epochs is 'many', wanted int"), (['--epoch_count', '3'], 'unrecognized arguments'),
+    (['--out_dir', '/dev/null/x'], "out_dir '/dev/null/x' cannot be written"), (['--lr', '1e30'], 'became')])
+def test_command_says_what_is_wrong_in_one_sentence(words, message):
+    done = python('-m', 'curve_reweight', '--epochs', '2', '--probe_epochs', '2', '--drop_epochs', '0', *words)
+    assert done.returncode != 0 and 'Traceback' not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_import_needs_no_notebook_packages_and_little_time():
+    block = "import sys\nfor m in 'nbdev', 'papermill', 'IPython', 'jupyter', 'ipykernel', 'execnb': sys.modules[m] = None\n"
+    code = block + "import curve_reweight\nfrom curve_reweight import Setting, run\nimport curve_reweight.plots\nprint(Setting().method)"
+    done = python('-c', code, cwd=os.path.sep)
+    assert done.stdout == 'curvenet\n', done.stderr
+    done = python('-X', 'importtime', '-c', 'import curve_reweight')
+    assert 'torch' not in done.stderr  # heavy parts wait until they are used
+
+
+def test_papermill_commands_of_readme_write_their_files(root, tmp_path):
+    done = python('-m', 'papermill', str(root/'nbs'/'20_run_setting.ipynb'), str(tmp_path/'n.ipynb'), '-p', 'epochs', '3', '-p', 'probe_epochs', '6',
+                  '-p', 'method', 'mwnet', '-p', 'out_dir', str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {'row.json', 'history.csv', 'weights.csv', 'comparison.csv'} <= {p.name for p in tmp_path.iterdir()}
