@@ -16,7 +16,7 @@ def accuracy_summary(
 )->dict: # `test_acc_last`, `test_acc_last5`, `test_acc_best`, in %
     "Accuracy of the last epoch, mean of the last five (or fewer), and the best of all epochs, which was chosen on the test set."
     acc = history.test_acc
-    return {'test_acc_last': acc.iloc[-1], 'test_acc_last5': acc.iloc[-5:].mean(), 'test_acc_best': acc.max()}
+    return {'test_acc_last': float(acc.iloc[-1]), 'test_acc_last5': float(acc.iloc[-5:].mean()), 'test_acc_best': float(acc.max())}
 
 # %% ../nbs/12_evaluate.ipynb #b45187e6
 def confusion(

@@ -65,7 +65,7 @@ class Setting:
     start_bias:float = 0.0 # CurveNet: last bias at the start; 0 starts at weights of one half, 4.5 (the released code) near 1
     normalise_weights:bool = False # Meta-Weight-Net: divide the weights of a batch by their mean
     engine:str = 'jvp' # Meta gradient: jvp, finite_difference or double_backward
-    virtual_step:str = 'plain' # Virtual step: plain SGD or the optimizer's own
+    virtual_step:str = 'optimizer' # Virtual step: the optimizer's own, or plain SGD
     device:str = 'auto' # auto, cpu, cuda, cuda:1, …
     seed:int = 0 # Seed of the run
     split_seed:int = None # Seed of the meta set and the imbalance; None: seed

@@ -7,10 +7,14 @@ __all__ = ['engines', 'virtual_steps', 'logit_gradient', 'apply_weights', 'plain
            'tangent_difference', 'meta_gradient']
 
 # %% ../nbs/07_meta.ipynb #f51a62ac
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.func import functional_call
+
+warnings.filterwarnings('ignore', '.*torch.jit.script.*', FutureWarning) # torch's own forward mode uses what torch deprecates
 
 # %% ../nbs/07_meta.ipynb #6a58c94a
 def logit_gradient(

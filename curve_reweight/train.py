@@ -107,7 +107,7 @@ def train(
     momentum:float=.9, # Of SGD
     nesterov:bool=True, # Of SGD
     weight_decay:float=5e-4, # Of SGD
-    virtual:str='plain', # Virtual step: `'plain'` SGD or the `'optimizer'`'s own
+    virtual:str='optimizer', # Virtual step: the `'optimizer'`'s own (CurveNet's code), or `'plain'` SGD (MW-Net)
     engine:str='jvp', # See `meta_gradient`
     seed:int=0, # Draws the order of samples
     desc:str='train', # Of the progress bar
