@@ -1,6 +1,8 @@
 "README.md from nbs/index.ipynb: `python .ci/make_readme.py`. Cells tagged `remove-input` show their output only."
+import re
 from pathlib import Path
 
+import nbformat
 from nbconvert import MarkdownExporter
 from traitlets.config import Config
 
@@ -13,9 +15,12 @@ def readme():
     config = Config(TagRemovePreprocessor={'enabled': True, 'remove_input_tags': {'remove-input'}})
     exporter = MarkdownExporter(config=config)
     exporter.register_preprocessor('nbconvert.preprocessors.TagRemovePreprocessor', enabled=True)
-    text, resources = exporter.from_filename(str(root/'nbs'/'index.ipynb'), {'output_files_dir': pictures})
-    text = text.replace('](images/', '](nbs/images/')
-    return '\n'.join(line.rstrip() for line in text.strip().splitlines()) + '\n', resources['outputs']
+    notebook = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
+    notebook.metadata['language_info'] = {'name': 'python'}
+    text, resources = exporter.from_notebook_node(notebook, {'output_files_dir': pictures})
+    text = re.sub(r'\]\((\d\d_\w+\.ipynb)\)', r'](nbs/\1)', text).replace('![png]', '![Result]') # links from the root
+    text = '\n'.join(line.rstrip() for line in text.strip().splitlines())
+    return re.sub(r'\n{3,}', '\n\n', text) + '\n', resources['outputs']
 
 
 if __name__ == '__main__':

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['noise_kinds', 'class_sizes', 'imbalance', 'noise_matrix', 'check_map', 'check_matrix', 'corrupt_labels', 'split_meta',
-           'BiasedData', 'bias_report', 'make_biased']
+           'BiasedData', 'bias_report', 'make_biased', 'own_data']
 
 # %% ../nbs/02_corruption.ipynb #f4afa57e
 from dataclasses import dataclass
@@ -220,3 +220,17 @@ def make_biased(
         if not (true[stay] == c).any(): raise ValueError(f'class {c} is left empty: no training sample of it remains')
     train = Samples(source.pool.x[stay], torch.from_numpy(observed[stay]))
     return BiasedData(train, source.pool.take(meta), source.test, torch.from_numpy(true[stay]), P, source.classes, stay, meta)
+
+# %% ../nbs/02_corruption.ipynb #4dfd7562
+def own_data(
+    train:Samples, # To train on, labels of unknown quality
+    meta:Samples, # A few verified samples of each class, none of them in `train`
+    test:Samples, # Verified, for the accuracy
+    classes, # Class names `[C]`
+)->BiasedData:
+    "Biased data from samples as they are. Raises `ValueError` when a class has no meta sample or no training sample."
+    N, M = len(train.y), len(meta.y)
+    for name, samples in ('meta', meta), ('train', train):
+        missing = np.flatnonzero(np.bincount(samples.y, minlength=len(classes)) == 0)
+        if len(missing): raise ValueError(f'the {name} set holds no sample of class {missing[0]} ({classes[missing[0]]})')
+    return BiasedData(train, meta, test, train.y, np.eye(len(classes)), tuple(classes), np.arange(N), np.arange(N, N + M))

@@ -21,6 +21,7 @@ from .corruption import BiasedData, make_biased
 from .curves import normalise_curves
 from .data import Source, load_source
 from .evaluate import accuracy_per_class, accuracy_summary, noise_auc
+from .gdw import GDW
 from .meta import engines, virtual_steps
 from .models import create_model, models
 from .probe import LossCurves, probe, probe_schedule
@@ -28,7 +29,7 @@ from .train import TrainResult, predict, schedules, train
 from .weighting import CurveNet, MWNet
 
 # %% ../nbs/14_experiment.ipynb #09c9a433
-methods = 'ce', 'oracle', 'mwnet', 'curvenet'
+methods = 'ce', 'oracle', 'mwnet', 'curvenet', 'gdw', 'curvenet_gdw'
 
 @dataclass(frozen=True)
 class Setting:
@@ -36,7 +37,7 @@ class Setting:
     dataset:str = 'digits' # Data set
     data_root:str = '' # Folder of the data set; digits need none
     model:str = 'small_cnn' # Classifier
-    method:str = 'curvenet' # ce (plain cross-entropy), oracle (ce on the truly clean samples), mwnet or curvenet
+    method:str = 'curvenet' # ce (plain cross-entropy), oracle (ce on the truly clean samples), mwnet, curvenet, gdw or curvenet_gdw
     noise_kind:str = 'uniform' # uniform, uniform_other, prior, flip, pair, flip2, asymmetric or matrix
     noise_rate:float = 0.4 # Noise rate in 0–1
     imbalance_ratio:float = 10.0 # Largest class over smallest, 1 or more
@@ -64,6 +65,9 @@ class Setting:
     embedding:int = 64 # CurveNet: size of the label embedding, P
     start_bias:float = 0.0 # CurveNet: last bias at the start; 0 starts at weights of one half, 4.5 (the released code) near 1
     normalise_weights:bool = False # Meta-Weight-Net: divide the weights of a batch by their mean
+    outer_lr:float = None # GDW: rate of the second stage, η; None: a tenth of batch size times classes
+    clip:float = 0.2 # GDW: largest change of a class-level weight, c
+    zero_mean:bool = True # GDW: zero-mean constraint
     engine:str = 'jvp' # Meta gradient: jvp, finite_difference or double_backward
     virtual_step:str = 'optimizer' # Virtual step: the optimizer's own, or plain SGD
     device:str = 'auto' # auto, cpu, cuda, cuda:1, …
@@ -105,9 +109,10 @@ def make_setting(
 # %% ../nbs/14_experiment.ipynb #ce13af3a
 def setting_data(
     setting:Setting, # The run
-    source:Source|None=None, # Own data instead of `setting.dataset`
+    source:Source|BiasedData|None=None, # Own data instead of `setting.dataset`: clean, to be biased, or biased already
 )->BiasedData:
     "The biased data of a setting. Raises `ValueError` for anything out of range."
+    if isinstance(source, BiasedData): return source
     s, seed_of = setting, lambda seed: setting.seed if seed is None else seed
     return make_biased(source or load_source(s.dataset, s.data_root), s.noise_kind, s.noise_rate, s.imbalance_ratio, s.imbalance_profile, s.imbalance_order,
                        s.meta_per_class, s.bias_order, s.exact_noise, s.noise_map, s.noise_matrix,
@@ -134,7 +139,7 @@ class Run:
 # %% ../nbs/14_experiment.ipynb #884253e0
 def run(
     setting:Setting, # What to run
-    source:Source|None=None, # Own data instead of `setting.dataset`
+    source:Source|BiasedData|None=None, # Own data instead of `setting.dataset`: clean, to be biased, or biased already
     model_fn=None, # Own classifier instead of `setting.model`: a function without arguments that makes a fresh one
     curves:LossCurves|None=None, # A probe of the same data made before, to be used again
 )->Run:
@@ -149,24 +154,26 @@ def run(
         return (model_fn() if model_fn else create_model(s.model, data.train.x.shape[1], data.n_classes)).to(device)
 
     started, weighting = time.perf_counter(), None
-    if s.method == 'curvenet':
+    if s.method.startswith('curvenet'):
         if curves is None: curves = probe(fresh(), here.train, probe_schedule(s.probe_epochs, s.probe_lr, s.batch_size, s.wave_batch_size, s.wave),
                                           s.momentum, s.nesterov, s.weight_decay, s.seed)
         inputs = normalise_curves(curves, s.drop_epochs, s.curve_std)
     probed = time.perf_counter()
 
     model = fresh()
-    if s.method == 'curvenet': weighting = CurveNet(inputs, data.n_classes, s.embedding, start_bias=s.start_bias).to(device)
-    if s.method == 'mwnet': weighting = MWNet(normalise=s.normalise_weights).to(device)
+    if s.method.startswith('curvenet'): weighting = CurveNet(inputs, data.n_classes, s.embedding, start_bias=s.start_bias)
+    elif s.method in ('mwnet', 'gdw'): weighting = MWNet(normalise=s.normalise_weights)
+    if s.method.endswith('gdw'): weighting = GDW(weighting, s.outer_lr, s.clip, s.zero_mean)
+    if weighting is not None: weighting.to(device)
     result = train(model, only_clean(here) if s.method == 'oracle' else here, weighting, s.epochs, s.lr, s.schedule, s.batch_size, s.meta_batch_size,
                    s.momentum, s.nesterov, s.weight_decay, s.virtual_step, s.engine, s.seed, s.method)
     trained = time.perf_counter()
 
     if s.method == 'oracle': result = replace(result, weights=(~data.noisy).float())
     predictions = predict(model, here.test.x).cpu()
-    row = {**asdict(s), 'dataset': source.name if source else s.dataset, 'device': str(device), **accuracy_summary(result.history), 'test_acc_per_class': accuracy_per_class(data.test.y, predictions, data.n_classes),
+    row = {**asdict(s), 'dataset': s.dataset if source is None else getattr(source, 'name', 'own'), 'device': str(device), **accuracy_summary(result.history), 'test_acc_per_class': accuracy_per_class(data.test.y, predictions, data.n_classes),
            'noise_auc': None if result.weights is None else noise_auc(result.weights, data.noisy),
-           'realised_noise_rate': data.realised_noise_rate, 'n_train': len(data.train.y), 'n_meta': len(data.meta.y), 'n_test': len(data.test.y),
+           'realised_noise_rate': None if source is data else data.realised_noise_rate, 'n_train': len(data.train.y), 'n_meta': len(data.meta.y), 'n_test': len(data.test.y),
            'seconds_probe': probed - started, 'seconds_train': trained - probed,
            'commit': git_commit(), 'versions': versions(), 'device_name': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
            'threads': torch.get_num_threads()}

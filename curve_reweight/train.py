@@ -59,18 +59,20 @@ def predict(
 # %% ../nbs/10_train.ipynb #dfc6c379
 def update_weighting(
     weighting:Weighting, # The rule; its parameters get a gradient and a step
-    weighting_optimizer:torch.optim.Optimizer, # Of the rule
+    weighting_optimizer:torch.optim.Optimizer|None, # Of the rule; None for a rule without parameters
     batch:Batch, # What the rule sees
     D:torch.Tensor, # Logit gradient `[n, C]`
     meta_gradient_of, # Function: weighted D `[n, C]` → (meta loss, gradient `[n, C]`)
-)->torch.Tensor: # Meta loss
-    "One step of the weight net on the meta loss (MW-Net, Eq. 4)."
-    weighted = apply_weights(weighting(batch), D)
+)->tuple: # Meta loss, and weights for the real step `[n]` or `[n, C]`
+    "One step of the weight net on the meta loss (MW-Net, Eq. 4), and the weights after it."
+    first = weighting(batch)
+    weighted = apply_weights(first, D)
     meta_loss, grad = meta_gradient_of(weighted)
-    weighting_optimizer.zero_grad()
-    weighted.backward(grad)
-    weighting_optimizer.step()
-    return meta_loss
+    if weighting_optimizer is not None:
+        weighting_optimizer.zero_grad()
+        weighted.backward(grad)
+        weighting_optimizer.step()
+    with torch.no_grad(): return meta_loss, weighting.second_stage(batch, first.detach(), D*grad)
 
 # %% ../nbs/10_train.ipynb #f3e3a3e2
 def endless_batches(
@@ -91,7 +93,8 @@ class TrainResult:
     "What training leaves behind."
     model: torch.nn.Module # Trained
     weighting: Weighting|None # Trained
-    weights: torch.Tensor|None # Last weight of every train sample `[N]`, on the CPU; None without a weighting
+    weights: torch.Tensor|None # Last weight of every train sample `[N]` (of its label, for class-level weights), on the CPU; None without a weighting
+    class_weights: torch.Tensor|None # Last class-level weights `[N, C]`, on the CPU; None for other weightings
     history: pd.DataFrame # One row an epoch: `epoch, lr, loss, meta_loss, test_acc` (accuracy in %, NaN where there is no meta loss)
 
 # %% ../nbs/10_train.ipynb #85cc16b5
@@ -120,7 +123,7 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
     x, y, N = data.train.x, data.train.y, len(data.train.y)
     weights, learning, history = None, False, []
-    if weighting is not None: weights, weighting_optimizer = torch.ones(N, device=y.device), weighting.make_optimizer()
+    if weighting is not None: weighting_optimizer = weighting.make_optimizer()
     bar = progress(range(epochs), desc)
     for epoch in bar:
         optimizer.param_groups[0]['lr'] = float(rates[epoch])
@@ -135,9 +138,11 @@ def train(
             if learning:
                 batch = Batch(index, y[index], sample_losses, logits.detach().softmax(1))
                 m = next(meta_batches)
-                meta_losses.append(update_weighting(weighting, weighting_optimizer, batch, D, lambda weighted: meta_gradient(
-                    model, optimizer, x[index], logits, weighted, data.meta.x[m], data.meta.y[m], virtual, engine)))
-                with torch.no_grad(): weights[index] = weighting(batch)
+                meta_loss, new = update_weighting(weighting, weighting_optimizer, batch, D, lambda weighted: meta_gradient(
+                    model, optimizer, x[index], logits, weighted, data.meta.x[m], data.meta.y[m], virtual, engine))
+                if weights is None: weights = new.new_ones(N, *new.shape[1:])
+                weights[index] = new
+                meta_losses.append(meta_loss)
             if weights is not None: D = apply_weights(weights[index], D)
             optimizer.zero_grad()
             logits.backward(D/len(index))
@@ -149,4 +154,6 @@ def train(
         history.append({'epoch': epoch, 'lr': rates[epoch], 'loss': torch.stack(losses).mean().item(),
                         'meta_loss': torch.stack(meta_losses).mean().item() if meta_losses else np.nan, 'test_acc': acc})
         bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", meta_loss=f"{history[-1]['meta_loss']:.3f}", acc=f'{acc:.1f}')
-    return TrainResult(model, weighting, None if weights is None else weights.cpu(), pd.DataFrame(history))
+    by_class = weights is not None and weights.ndim == 2
+    of_label = weights.gather(1, y[:, None])[:, 0] if by_class else weights
+    return TrainResult(model, weighting, None if weights is None else of_label.cpu(), weights.cpu() if by_class else None, pd.DataFrame(history))

@@ -21,14 +21,19 @@ class Batch(NamedTuple):
 
 # %% ../nbs/06_weighting.ipynb #9727636f
 class Weighting(nn.Module):
-    "A rule that turns a `Batch` into weights `[n]`. Subclasses write `forward`."
+    "A rule that turns a `Batch` into weights, one a sample `[n]` or one a sample and class `[n, C]`. Subclasses write `forward`."
     frozen_after_drop = False # Whether training ends at the learning rate's first drop, each sample keeping its last weight
 
     def forward(self, batch:Batch)->torch.Tensor: raise NotImplementedError
 
+    def second_stage(self, batch:Batch, weights:torch.Tensor, class_gradient:torch.Tensor)->torch.Tensor:
+        "Weights of the real step, given those of before the update and the meta loss's gradient by class-level weights `[n, C]`."
+        return self(batch)
+
     def make_optimizer(self):
-        "The optimiser of the rule's own parameters: Adam at 1e-3 with weight decay 1e-4, as both papers' codes have it."
-        return torch.optim.Adam(self.parameters(), lr=1e-3, weight_decay=1e-4)
+        "Adam at 1e-3 with weight decay 1e-4 on the rule's own parameters, as the papers' codes have it; None for a rule without any."
+        params = list(self.parameters())
+        return torch.optim.Adam(params, lr=1e-3, weight_decay=1e-4) if params else None
 
 # %% ../nbs/06_weighting.ipynb #63b25e37
 class MWNet(Weighting):

@@ -69,7 +69,7 @@ def test_import_needs_no_notebook_packages_and_little_time():
     assert 'torch' not in done.stderr  # heavy parts wait until they are used
 
 
-def test_papermill_commands_of_readme_write_their_files(root, tmp_path):
+def test_papermill_command_writes_its_files(root, tmp_path):
     done = python('-m', 'papermill', str(root/'nbs'/'20_run_setting.ipynb'), str(tmp_path/'n.ipynb'), '-p', 'epochs', '3', '-p', 'probe_epochs', '6',
                   '-p', 'method', 'mwnet', '-p', 'out_dir', str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
