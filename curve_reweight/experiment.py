@@ -70,6 +70,8 @@ class Setting:
     zero_mean:bool = True # GDW: zero-mean constraint
     engine:str = 'jvp' # Meta gradient: jvp, finite_difference or double_backward
     virtual_step:str = 'optimizer' # Virtual step: the optimizer's own, or plain SGD
+    skip_layers:int = 0 # SLMO: levels of the classifier that the meta gradient skips
+    online:bool = False # Take the real step as the virtual one: one backward pass less
     device:str = 'auto' # auto, cpu, cuda, cuda:1, …
     seed:int = 0 # Seed of the run
     split_seed:int = None # Seed of the meta set and the imbalance; None: seed
@@ -81,6 +83,8 @@ class Setting:
         for f in fields(self): object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
         for name, known in dict(method=methods, model=models, engine=engines, virtual_step=virtual_steps, schedule=schedules).items():
             if getattr(self, name) not in known: raise ValueError(f'unknown {name} {getattr(self, name)!r}; known: {", ".join(known)}')
+        if self.online and self.method.endswith('gdw'): raise ValueError(f'{self.method} chooses the weights of the real step from the meta gradient, so it cannot train online')
+        if self.online and self.engine == 'double_backward': raise ValueError('online training takes the tangent after the step: choose the engine jvp or finite_difference')
         for name in 'epochs', 'probe_epochs', 'lr', 'probe_lr':
             if not getattr(self, name) > 0: raise ValueError(f'{name} is {getattr(self, name)}, it must be above 0')
         for name in 'batch_size', 'meta_batch_size', 'wave_batch_size':
@@ -166,7 +170,7 @@ def run(
     if s.method.endswith('gdw'): weighting = GDW(weighting, s.outer_lr, s.clip, s.zero_mean)
     if weighting is not None: weighting.to(device)
     result = train(model, only_clean(here) if s.method == 'oracle' else here, weighting, s.epochs, s.lr, s.schedule, s.batch_size, s.meta_batch_size,
-                   s.momentum, s.nesterov, s.weight_decay, s.virtual_step, s.engine, s.seed, s.method)
+                   s.momentum, s.nesterov, s.weight_decay, s.virtual_step, s.engine, s.skip_layers, s.online, s.seed, s.method)
     trained = time.perf_counter()
 
     if s.method == 'oracle': result = replace(result, weights=(~data.noisy).float())

@@ -22,6 +22,8 @@ def conv_bn(
 # %% ../nbs/03_models.ipynb #f4ad8fea
 class SmallCNN(nn.Module):
     "Three 3×3 convolutions, average pooling and a linear layer: images `[n, channels, height, width]` → logits `[n, C]`."
+    levels = 'body.1', 'body.4' # Modules after which layers can be skipped, see 09_slmo
+
     def __init__(self,
         n_channels:int=1, # Channels of an image
         n_classes:int=10, # Number of classes, C
@@ -53,6 +55,8 @@ class BasicBlock(nn.Module):
 # %% ../nbs/03_models.ipynb #e9e1eadc
 class ResNet(nn.Module):
     "He et al.'s ResNet for 32×32 images (2016, section 4.2): `[n, channels, height, width]` → logits `[n, C]`."
+    levels = 'stem', 'stage1', 'stage2' # Modules after which layers can be skipped, see 09_slmo
+
     def __init__(self,
         depth:int=32, # 6n + 2
         n_channels:int=3, # Channels of an image
