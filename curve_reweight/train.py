@@ -114,8 +114,9 @@ def meta_step(
     online:bool=False, # The real step is the virtual one
 )->tuple: # Mean loss, meta loss, new weights `[n]` or `[n, C]`
     "One step of weighting and classifier together (MW-Net, Algorithm 1; CurveNet, Eqs. 11–12)."
-    h, tape = bottom(x), Tape()
+    h, tape = bottom(x), Tape(only_random=engine != 'jvp')
     with tape: logits = top(h)
+    if online: tape.trim(.45) # the graph is freed before the tangent, so keep what costs most to compute again
     D, losses = logit_gradient(logits, y), F.cross_entropy(logits.detach(), y, reduction='none')
     batch = Batch(index, y, losses, logits.detach().softmax(1))
     take = step_and_meta_gradient if online else partial(meta_gradient, virtual=virtual)
