@@ -27,4 +27,5 @@ if __name__ == '__main__':
     text, files = readme()
     (root/'README.md').write_text(text, encoding='utf-8')
     (root/pictures).mkdir(exist_ok=True)
+    for old in set(p.name for p in (root/pictures).iterdir()) - set(Path(name).name for name in files): (root/pictures/old).unlink()
     for name, content in files.items(): (root/name).write_bytes(content)
