@@ -193,7 +193,7 @@ def make_biased(
     imbalance_ratio:float=1., # Head over tail, ≥ 1
     imbalance_profile:str='exponential', # Or `'step'`
     imbalance_order:str='as_is', # Or `'reversed'`, `'shuffled'`
-    meta_per_class:int=10, # Clean samples a class
+    meta_per_class:int=10, # Clean samples a class; 0: no meta set
     bias_order:str='meta-imbalance-noise', # The three steps in any order
     exact_noise:bool=False, # Exact counts of wrong labels
     noise_map:dict|None=None, # For `asymmetric`; None: the source's own
@@ -204,11 +204,13 @@ def make_biased(
 )->BiasedData:
     "Bias a source. Raises `ValueError` with one sentence for anything out of range."
     steps, C = bias_order.split('-'), source.n_classes
+    if meta_per_class < 0: raise ValueError(f'meta_per_class is {meta_per_class}, it must be 0 or more')
     if sorted(steps) != ['imbalance', 'meta', 'noise']: raise ValueError(f"bias_order is {bias_order!r}, wanted 'meta', 'imbalance' and 'noise' in some order, joined by '-'")
     true = source.pool.y.numpy()
-    observed, stay, meta = true.copy(), np.arange(len(true)), None
+    observed, stay, meta = true.copy(), np.arange(len(true)), np.arange(0)
     for step in steps:
         if step == 'meta':
+            if not meta_per_class: continue
             m, rest = split_meta(true[stay], C, meta_per_class, split_seed)
             meta, stay = stay[m], stay[rest]
         elif step == 'imbalance':
@@ -224,13 +226,15 @@ def make_biased(
 # %% ../nbs/02_corruption.ipynb #4dfd7562
 def own_data(
     train:Samples, # To train on, labels of unknown quality
-    meta:Samples, # A few verified samples of each class, none of them in `train`
+    meta:Samples|None, # A few verified samples of each class, none of them in `train`; None: there are none
     test:Samples, # Verified, for the accuracy
     classes, # Class names `[C]`
 )->BiasedData:
     "Biased data from samples as they are. Raises `ValueError` when a class has no meta sample or no training sample."
+    if meta is None: meta, checked = train.take(np.arange(0)), (('train', train),)
+    else: checked = ('meta', meta), ('train', train)
     N, M = len(train.y), len(meta.y)
-    for name, samples in ('meta', meta), ('train', train):
+    for name, samples in checked:
         missing = np.flatnonzero(np.bincount(samples.y, minlength=len(classes)) == 0)
         if len(missing): raise ValueError(f'the {name} set holds no sample of class {missing[0]} ({classes[missing[0]]})')
     return BiasedData(train, meta, test, train.y, np.eye(len(classes)), tuple(classes), np.arange(N), np.arange(N, N + M))
