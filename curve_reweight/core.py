@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['rng', 'seed_everything', 'random_state', 'set_random_state', 'batches', 'get_device', 'make_out_dir', 'atomic_write',
-           'write_json', 'save_checkpoint', 'load_checkpoint', 'lock', 'versions', 'git_commit', 'in_notebook',
-           'progress']
+           'write_json', 'save_checkpoint', 'load_checkpoint', 'Checkpoints', 'lock', 'versions', 'git_commit',
+           'in_notebook', 'progress']
 
 # %% ../nbs/00_core.ipynb #3191d98a
-import hashlib, importlib.metadata, io, json, os, platform, random, subprocess, sys, tempfile, warnings, zlib
+import hashlib, importlib.metadata, io, json, os, platform, random, signal, subprocess, sys, tempfile, threading, time, warnings, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -165,6 +165,50 @@ def load_checkpoint(
         found.append(payload)
     if found == ['missing', 'missing']: return None
     raise ValueError(f'{str(paths[0])!r} is {found[0]} and {paths[1].name!r} is {found[1]}: remove both to start anew')
+
+# %% ../nbs/00_core.ipynb #3f981e34
+class Checkpoints:
+    "Checkpoints of a running job: `with Checkpoints(folder, key=…) as c: state = c.load(); …; if c.due(): c.save(state)`."
+    def __init__(self,
+        folder:str|Path='', # Where to save; empty: nowhere
+        name:str='checkpoint', # Of the files
+        seconds:float=60., # Between two saves
+        key:str='', # What must be the same for a job to be continued
+    ):
+        self.folder, self.name, self.seconds, self.key = folder, name, seconds, key
+        self.last, self.interrupted, self.before = time.monotonic(), False, None
+
+    def __enter__(self):
+        if self.folder and threading.current_thread() is threading.main_thread(): self.before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *exception):
+        if self.before is not None: signal.signal(signal.SIGINT, self.before)
+
+    def _interrupt(self, *_):
+        if self.interrupted: raise KeyboardInterrupt
+        self.interrupted = True
+
+    def load(self):
+        "The state to go on from, or None. Raises `ValueError` when it belongs to another job, and what `load_checkpoint` raises."
+        state = load_checkpoint(self.folder, self.name) if self.folder else None
+        if state is None: return None
+        if state['key'] != self.key: raise ValueError(f'{str(self.folder)!r} holds a checkpoint of another run: choose another out_dir, or remove {self.name}.pt and {self.name}.previous.pt there to start anew')
+        return state['state']
+
+    def due(self):
+        "Whether it is time to save."
+        return bool(self.folder) and (self.interrupted or time.monotonic() - self.last >= self.seconds)
+
+    def save(self, state):
+        "Save; raises `KeyboardInterrupt` afterwards when Ctrl-C was pressed."
+        save_checkpoint(self.folder, {'key': self.key, 'state': state}, self.name)
+        self.last = time.monotonic()
+        if self.interrupted: raise KeyboardInterrupt
+
+    def clear(self):
+        "Remove the files of a finished job."
+        for path in Path(self.folder).glob(f'{self.name}*.pt') if self.folder else (): _remove(path)
 
 # %% ../nbs/00_core.ipynb #152e9569
 def _os_lock(f):

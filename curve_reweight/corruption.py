@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['noise_kinds', 'class_sizes', 'imbalance', 'noise_matrix', 'check_map', 'check_matrix', 'corrupt_labels', 'split_meta',
-           'BiasedData', 'bias_report', 'make_biased', 'own_data']
+           'BiasedData', 'bias_report', 'make_biased', 'own_data', 'as_biased']
 
 # %% ../nbs/02_corruption.ipynb #f4afa57e
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ import torch
 
 from .core import rng
 from .data import Samples, Source
+from .datasets import RealData
 
 # %% ../nbs/02_corruption.ipynb #1c342eb6
 def class_sizes(
@@ -54,7 +55,7 @@ def imbalance(
     return np.sort(np.concatenate([draw.permutation(np.flatnonzero(labels == c))[:k] for c, k in enumerate(keep)]))
 
 # %% ../nbs/02_corruption.ipynb #c5e1b0cf
-noise_kinds = 'uniform', 'uniform_other', 'prior', 'flip', 'pair', 'flip2', 'asymmetric', 'matrix'
+noise_kinds = 'uniform', 'uniform_other', 'prior', 'flip', 'pair', 'flip2', 'asymmetric', 'hierarchical', 'matrix'
 
 def noise_matrix(
     kind:str, # One of `noise_kinds`
@@ -64,6 +65,7 @@ def noise_matrix(
     class_counts=None, # Class sizes `[C]`, for `prior`
     similar:dict|None=None, # Class → class, for `asymmetric`
     matrix=None, # Own matrix `[C, C]`, for `matrix`
+    groups=None, # Super-class of each class `[C]`, for `hierarchical`
 )->np.ndarray: # P `[C, C]`, true class → label, rows sum to 1
     "The label transition matrix of a kind of noise. Raises `ValueError` for a rate outside 0–1, an unknown kind or a bad map or matrix."
     if kind not in noise_kinds: raise ValueError(f'unknown noise_kind {kind!r}; known: {", ".join(noise_kinds)}')
@@ -81,6 +83,10 @@ def noise_matrix(
         for i in range(n_classes): targets[i, draw.choice(np.flatnonzero(others[i]), k, replace=False)] = 1/k
     elif kind == 'asymmetric':
         for i, j in check_map(similar, n_classes).items(): targets[i, j] = 1
+    elif kind == 'hierarchical':
+        if groups is None: raise ValueError('hierarchical noise needs the super-class of each class, which CIFAR-100 has and this data set has not')
+        siblings = (np.asarray(groups)[:, None] == np.asarray(groups)) & others
+        targets = siblings/np.maximum(siblings.sum(1, keepdims=True), 1)
     targets[np.diag_indices(n_classes)] += 1 - targets.sum(1) # a class without a target keeps its label
     return (1 - rate)*np.eye(n_classes) + rate*targets
 
@@ -154,10 +160,13 @@ class BiasedData:
     meta: Samples # Clean and balanced
     test: Samples # Clean
     true_labels: torch.Tensor # True labels `[N]` of the train set; for evaluation only
-    matrix: np.ndarray # P `[C, C]` that the noise was drawn from
+    matrix: np.ndarray|None # P `[C, C]` that the noise was drawn from; None: labels and counts are as they came
     classes: tuple # Class names `[C]`
     index_train: np.ndarray # Positions `[N]` of the train set in the source's pool
     index_meta: np.ndarray # Positions of the meta set in the source's pool
+    truth_known: bool=True # Whether `true_labels` are; otherwise the observed labels stand in for them
+    name: str='own' # Of the data set
+    names: np.ndarray|None=None # What each train sample is called `[N]`, such as its file
 
     def __post_init__(self):
         assert np.intersect1d(self.index_train, self.index_meta).size == 0, 'train and meta set overlap'
@@ -170,8 +179,8 @@ class BiasedData:
         return self.train.y != self.true_labels
     @property
     def realised_noise_rate(self):
-        "Share of wrong labels in the train set."
-        return self.noisy.float().mean().item()
+        "Share of wrong labels in the train set; None when nobody knows."
+        return self.noisy.float().mean().item() if self.truth_known else None
 
 # %% ../nbs/02_corruption.ipynb #24a230b3
 def bias_report(
@@ -216,12 +225,12 @@ def make_biased(
         elif step == 'imbalance':
             stay = stay[imbalance(observed[stay], C, imbalance_ratio, imbalance_profile, imbalance_order, split_seed)]
         else:
-            P = noise_matrix(noise_kind, noise_rate, C, map_seed, np.bincount(true[stay], minlength=C), noise_map or source.similar, matrix)
+            P = noise_matrix(noise_kind, noise_rate, C, map_seed, np.bincount(true[stay], minlength=C), noise_map or source.similar, matrix, source.groups)
             observed[stay] = corrupt_labels(true[stay], P, exact_noise, draw_seed)
     for c in range(C):
         if not (true[stay] == c).any(): raise ValueError(f'class {c} is left empty: no training sample of it remains')
     train = Samples(source.pool.x[stay], torch.from_numpy(observed[stay]))
-    return BiasedData(train, source.pool.take(meta), source.test, torch.from_numpy(true[stay]), P, source.classes, stay, meta)
+    return BiasedData(train, source.pool.take(meta), source.test, torch.from_numpy(true[stay]), P, source.classes, stay, meta, name=source.name)
 
 # %% ../nbs/02_corruption.ipynb #4dfd7562
 def own_data(
@@ -237,4 +246,19 @@ def own_data(
     for name, samples in checked:
         missing = np.flatnonzero(np.bincount(samples.y, minlength=len(classes)) == 0)
         if len(missing): raise ValueError(f'the {name} set holds no sample of class {missing[0]} ({classes[missing[0]]})')
-    return BiasedData(train, meta, test, train.y, np.eye(len(classes)), tuple(classes), np.arange(N), np.arange(N, N + M))
+    return BiasedData(train, meta, test, train.y, None, tuple(classes), np.arange(N), np.arange(N, N + M), truth_known=False)
+
+# %% ../nbs/02_corruption.ipynb #76e62d44
+def as_biased(
+    real:RealData, # Data with labels of unknown quality
+    meta_per_class:int=10, # Verified samples a class to draw, where the data bring true labels but no meta set; 0: none
+    seed:int=0, # Draws them
+)->BiasedData:
+    "Biased data from a real data set. Raises `ValueError` when a class has too few samples."
+    N, C, known = len(real.train.y), real.n_classes, real.true_labels is not None
+    drawn = known and real.meta is None and meta_per_class > 0
+    picked, stay = split_meta(real.true_labels.numpy(), C, meta_per_class, seed) if drawn else (np.arange(0), np.arange(N))
+    meta = Samples(real.train.x[picked], real.true_labels[picked]) if drawn else real.meta
+    made = own_data(real.train.take(stay), meta, real.test, real.classes)
+    return replace(made, true_labels=real.true_labels[stay] if known else made.train.y, index_train=stay, index_meta=picked, truth_known=known,
+                   name=real.name, names=None if real.names is None else real.names[stay])

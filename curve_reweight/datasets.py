@@ -32,6 +32,7 @@ class RealData:
     classes: tuple # Class names `[C]`, in label order
     true_labels: torch.Tensor|None=None # True labels `[n]` of `train`, where the data set knows them
     name: str='own' # Written into every result row
+    names: np.ndarray|None=None # What each train sample is called `[n]`, such as its file
 
     @property
     def n_classes(self): return len(self.classes)
@@ -95,6 +96,7 @@ def assemble(
     true=None, # True labels `[n]`, where known
     rows=None, # The row of each in the list it comes from `[n]`, for errors
     size:int|None=None, # Pixels a side that the model sees of a large image; None: small images stay as they are, large ones get 224
+    clean:bool=False, # The labels are right: make a source
 )->Source|RealData:
     "Read or check all images and put the parts together. Raises `ValueError` for damaged images and when there is nothing to train on or to test."
     for p in 'train', 'test':
@@ -103,9 +105,9 @@ def assemble(
     if pixels is None: check_images(paths, rows)
     x = ImageFiles(paths, size or 224) if pixels is None else ImageTensor(pixels, *mean_std(pixels[part == 'train']))
     def samples(p): return make_samples(x[np.flatnonzero(part == p)], y[part == p], len(classes), p)
-    if true is None and 'meta' not in part: return Source(samples('train'), samples('test'), tuple(classes), name)
+    if clean: return Source(samples('train'), samples('test'), tuple(classes), name)
     return RealData(samples('train'), samples('meta') if 'meta' in part else None, samples('test'), None, tuple(classes),
-                    None if true is None else torch.from_numpy(true[part == 'train']), name=name)
+                    None if true is None else torch.from_numpy(true[part == 'train']), name, np.asarray(paths)[part == 'train'])
 
 # %% ../nbs/01a_datasets.ipynb #e6dcaa1e
 cifar10_classes = 'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'
@@ -154,7 +156,7 @@ def cifar100(
     entry = pickle.loads((Path(root)/'cifar-100-python'/'train').read_bytes(), encoding='latin1') # its md5 sum has been checked
     if 'coarse_labels' in entry and (cifar100_coarse[source.pool.y] != entry['coarse_labels']).any():
         raise ValueError(f'{root}: the coarse labels of CIFAR-100 do not go with its fine labels')
-    return source
+    return replace(source, groups=cifar100_coarse)
 
 # %% ../nbs/01a_datasets.ipynb #cf8699c3
 human_keys = dict(aggregate='aggre_label', worst='worse_label', random1='random_label1', random2='random_label2', random3='random_label3',
@@ -280,7 +282,8 @@ def food101n(
 def image_folder(
     root:str|Path, # Folder that holds `train` and `test`, and `meta` where verified images are known
     size:int|None=None, # Pixels a side that the model sees of a large image; None: images of one size up to 64 stay as they are, others get 224
-)->Source|RealData: # `RealData` with `meta`, `Source` without
+    clean:bool=False, # The labels are right and `meta` is left out: make a source, whose labels can be corrupted
+)->Source|RealData: # `Source` when `clean`
     "Images in one folder a class. Raises `FileNotFoundError` for missing parts, `ValueError` for unknown classes, damaged images, links that lead out of `root`."
     root = Path(root)
     for part in 'train', 'test':
@@ -293,15 +296,15 @@ def image_folder(
         if len(p) < 3: raise ValueError(f'{name} is in no class folder')
     part, labels = np.array([p[0] for p in pieces]), [p[1] for p in pieces]
     classes = tuple(sorted({label for label, p in zip(labels, part) if p == 'train'}))
-    return assemble('image_folder', paths, class_index(labels, classes, names.__getitem__), part, classes, size=size)
+    return assemble('image_folder', paths, class_index(labels, classes, names.__getitem__), part, classes, size=size, clean=clean)
 
 # %% ../nbs/01a_datasets.ipynb #ef2fa4db
 def cifar10_jpeg(
     root:str|Path, # Folder that holds `train/airplane/0000.jpg`, …, `test/truck/0999.jpg`
 )->Source:
-    "CIFAR-10 as an image folder. Raises what `image_folder` raises, and `ValueError` for other classes or a `meta` folder."
-    source = image_folder(root)
-    if not isinstance(source, Source) or source.classes != cifar10_classes:
+    "CIFAR-10 as an image folder. Raises what `image_folder` raises, and `ValueError` for other classes."
+    source = image_folder(root, clean=True)
+    if source.classes != cifar10_classes:
         raise ValueError(f'{root}: wanted train and test with the folders {", ".join(cifar10_classes)}; other images are read by image_folder')
     return replace(source, name='cifar10_jpeg', similar=cifar10_similar)
 
@@ -346,7 +349,7 @@ def csv_manifest(
     classes=None, # Class names in label order; None: the labels of the train rows, numbers in their order, words in the alphabet's
     test_share:float=.2, # See `hold_out`, where there is no column `split`
     seed:int=0, # The same
-)->Source|RealData: # `RealData` with meta rows or true labels, otherwise `Source`
+)->RealData:
     "Images in a list; without `split` the test labels are only as good as the train labels. Raises `ValueError` or `FileNotFoundError` that names the row."
     path, table = Path(path), read_manifest(path)
     where = lambda i: f'{path.name} row {table.index[i]}: {table.path.iloc[i]}'
@@ -368,7 +371,7 @@ def csv_manifest(
 # %% ../nbs/01a_datasets.ipynb #e360a4c6
 sources = {'digits': digits, 'cifar10': cifar10, 'cifar100': cifar100, 'cifar10_jpeg': cifar10_jpeg,
            **{f'cifar10n_{which}': functools.partial(cifar10n, which=which) for which in human_keys if which != 'noisy'}, 'cifar100n': cifar100n,
-           'clothing1m': clothing1m, 'food101n': food101n, 'image_folder': image_folder, 'csv': csv_manifest} # Name in an experiment's `dataset` → function that loads it
+           'clothing1m': clothing1m, 'food101n': food101n, 'image_folder': image_folder, 'clean_folder': functools.partial(image_folder, clean=True), 'csv': csv_manifest} # Name in an experiment's `dataset` → function that loads it
 
 def load_source(
     dataset:str, # A key of `sources`

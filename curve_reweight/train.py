@@ -7,6 +7,7 @@ __all__ = ['schedules', 'lr_schedule', 'predict', 'update_weighting', 'take_step
            'training_mode', 'endless_batches', 'TrainResult', 'check_choices', 'train']
 
 # %% ../nbs/10_train.ipynb #ee6ad7cb
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,10 +16,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .core import batches, progress, rng
+from .core import Checkpoints, batches, progress, random_state, rng, set_random_state
 from .corruption import BiasedData
+from .data import Samples, stream
 from .meta import Tape, engines, meta_gradient, step_and_meta_gradient, virtual_steps
-from .probe import check_finite
+from .probe import Compute, check_finite
 from .slmo import LayerGates, skipped, split_model
 from .weighting import Batch, Weighting, make_batch
 
@@ -49,15 +51,16 @@ def lr_schedule(
 @torch.no_grad()
 def predict(
     model:torch.nn.Module, # Classifier
-    x:torch.Tensor, # Inputs `[n, ...]`
-    batch_size:int=1000, # Inputs at a time
+    samples:Samples, # Inputs of any kind, on the model's device; never augmented
+    batch_size:int=500, # Inputs at a time
+    compute:Compute=Compute(), # How forward passes are computed
 )->torch.Tensor: # Classes `[n]`, int64
-    "Predicted classes, in evaluation mode; the model's mode is restored."
-    mode = model.training
+    "Predicted classes, in evaluation mode; the modules' modes are restored."
+    modes = {m: m.training for m in model.modules()}
     model.eval()
-    out = torch.cat([model(part).argmax(1) for part in x.split(batch_size)])
-    model.train(mode)
-    return out
+    with compute.autocast(samples.y.device): out = [model(compute.place(x)).argmax(1) for _, x, _ in stream(samples, torch.arange(len(samples.y)).split(batch_size))]
+    for m, mode in modes.items(): m.training = mode
+    return torch.cat(out)
 
 # %% ../nbs/10_train.ipynb #dfc6c379
 def update_weighting(
@@ -66,15 +69,17 @@ def update_weighting(
     batch:Batch, # What the rule sees
     meta_gradient_of, # Function: weighted D `[n, C]` → (meta loss, gradient `[n, C]`)
 )->tuple: # Meta loss, and weights for the real step `[n]` or `[n, C]`
-    "One step of the weight net on the meta loss (MW-Net, Eq. 4), and the weights after it."
-    first = weighting(batch)
-    weighted = weighting.virtual_gradient(batch, first)
+    "One step of the weight net on the meta loss (MW-Net, Eq. 4), and the weights after it. The rule computes in full precision."
+    full = torch.autocast(batch.loss.device.type, enabled=False)
+    with full:
+        first = weighting(batch)
+        weighted = weighting.virtual_gradient(batch, first)
     meta_loss, grad = meta_gradient_of(weighted)
     if weighting_optimizer is not None:
         weighting_optimizer.zero_grad()
         weighted.backward(grad)
         weighting_optimizer.step()
-    with torch.no_grad(): return meta_loss, weighting.second_stage(batch, first.detach(), grad)
+    with torch.no_grad(), full: return meta_loss, weighting.second_stage(batch, first.detach(), grad)
 
 # %% ../nbs/10_train.ipynb #50827784
 def take_step(
@@ -96,13 +101,15 @@ def weighted_step(
     weighting:Weighting|None=None, # The rule; None: plain cross-entropy
     weights:torch.Tensor|None=None, # Given weights `[n]` or `[n, C]`; None: the rule's own
     scale:torch.Tensor|None=None, # Fixed factor of each sample's loss `[n]`, see `class_balanced`
+    compute:Compute=Compute(), # How the forward pass is computed
 )->tuple: # Mean loss, unweighted, and the weights
     "One step without an update of the weighting (CurveNet, Eq. 12)."
-    logits = model(x)
+    with compute.autocast(y.device): logits = model(x)
     batch = make_batch(index, logits, y, scale)
-    if weighting is not None and weights is None:
-        with torch.no_grad(): weights = weighting(batch)
-    take_step(optimizer, logits, batch.D if weighting is None else weighting.real_gradient(batch, weights))
+    with torch.no_grad():
+        if weighting is not None and weights is None: weights = weighting(batch)
+        D = batch.D if weighting is None else weighting.real_gradient(batch, weights)
+    take_step(optimizer, logits, D)
     return batch.loss.mean(), weights
 
 # %% ../nbs/10_train.ipynb #7bb20675
@@ -123,8 +130,12 @@ def meta_step(
     skipped_mode:str='eval', # See `skipped`
     scale:torch.Tensor|None=None, # See `weighted_step`
     gates:LayerGates|None=None, # See `LayerGates`
+    compute:Compute=Compute(), # How forward passes are computed
 )->tuple: # Mean loss, meta loss, new weights `[n]` or `[n, C]`
     "One step of weighting and classifier together (MW-Net, Algorithm 1; CurveNet, Eqs. 11–12)."
+    with compute.autocast(y.device): return _meta_step(bottom, top, optimizer, weighting, weighting_optimizer, index, x, y, x_meta, y_meta, virtual, engine, online, skipped_mode, scale, gates)
+
+def _meta_step(bottom, top, optimizer, weighting, weighting_optimizer, index, x, y, x_meta, y_meta, virtual, engine, online, skipped_mode, scale, gates):
     h, tape = bottom(x), Tape(only_random=engine != 'jvp')
     with tape: logits = top(h)
     if online: tape.trim(.45) # the graph is freed before the tangent, so keep what costs most to compute again
@@ -217,8 +228,12 @@ def train(
     meta_every:int=1, # Steps from one update of the weighting to the next; between them the rule is asked without an update
     drw:bool=False, # Deferred re-weighting: `class_balanced` factors in the last fifth of the epochs
     frozen_bn:bool=False, # Batch normalisation by the running statistics that the model came with
+    augment:bool=True, # Augment images, where the data are images
+    compute:Compute=Compute(), # How forward passes are computed
     after_epoch=None, # Called after every epoch with (epoch, weights `[N]` or `[N, C]` or None)
-    seed:int=0, # Draws the order of samples
+    log=None, # Called after every epoch with the row of `history`
+    checkpoints:Checkpoints|None=None, # To save to, and to go on from
+    seed:int=0, # Draws the order of samples, and augmentation
     desc:str='train', # Of the progress bar
 )->TrainResult:
     """The allocating stage (CurveNet, Eqs. 11–12; MW-Net, Algorithm 1): train the classifier with weights while they learn.
@@ -226,40 +241,61 @@ def train(
     check_choices(weighting, virtual, engine, online, meta_every)
     if weighting is not None and weighting.needs_meta and not len(data.meta.y): raise ValueError(f'{type(weighting).__name__} learns from clean samples, but the meta set is empty')
     rates, first_drop = lr_schedule(schedule, epochs, lr)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(compute.prepare(model).parameters(), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
     weighting_optimizer = None if weighting is None else weighting.make_optimizer()
     bottom, top = split_model(model, skip_layers)
-    x, y, N, weights, history = data.train.x, data.train.y, len(data.train.y), None, []
+    plain = torch.compile(model) if compute.compiled else model
+    y, N, c = data.train.y, len(data.train.y), checkpoints or Checkpoints()
     gates = LayerGates(top, open_layers).to(y.device) if open_layers else None
     balance = class_balanced(y, data.n_classes)[y] if drw else None
-    bar = progress(range(epochs), desc)
-    for epoch in bar:
-        optimizer.param_groups[0]['lr'] = float(rates[epoch])
-        learning = weighting is not None and weighting.learns(epoch, epochs, first_drop)
-        if learning and weighting.needs_meta: meta_batches = endless_batches(len(data.meta.y), meta_batch_size, seed, 'meta order', epoch)
-        losses, meta_losses = [], []
-        training_mode(model, frozen_bn)
-        for step, index in enumerate(batches(N, batch_size, rng(seed, 'train order', epoch))):
-            scale = balance[index] if drw and epoch >= round(.8*epochs) else None
-            if learning and weighting.needs_meta and step % meta_every == 0:
-                m = next(meta_batches)
-                loss, meta_loss, new = meta_step(bottom, top, optimizer, weighting, weighting_optimizer, index, x[index], y[index],
-                                                 data.meta.x[m], data.meta.y[m], virtual, engine, online, skipped_mode, scale, gates)
-                meta_losses.append(meta_loss)
-            else:
-                rule = weighting if learning or weights is not None else None
-                loss, new = weighted_step(model, optimizer, index, x[index], y[index], rule, None if learning or weights is None else weights[index], scale)
-            if new is not None:
-                if weights is None: weights = new.new_ones(N, *new.shape[1:])
-                weights[index] = new
-            losses.append(loss)
-        check_finite(torch.stack(losses), 'training loss', epoch, rates[epoch])
-        if meta_losses: check_finite(torch.stack(meta_losses), 'meta loss', epoch, rates[epoch])
-        acc = 100*(predict(model, data.test.x) == data.test.y).double().mean().item()
-        history.append({'epoch': epoch, 'lr': rates[epoch], 'loss': torch.stack(losses).mean().item(),
-                        'meta_loss': torch.stack(meta_losses).mean().item() if meta_losses else np.nan, 'test_acc': acc})
-        bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", meta_loss=f"{history[-1]['meta_loss']:.3f}", acc=f'{acc:.1f}')
-        if after_epoch is not None: after_epoch(epoch, weights)
+    learned = {'model': model, 'optimizer': optimizer, 'weighting': weighting, 'weighting_optimizer': weighting_optimizer, 'gates': gates, 'gates_optimizer': gates and gates.optimizer}
+    with c:
+        at = _restore(c.load(), learned, y.device)
+        weights, history = at['weights'], at['history']
+        bar = progress(range(at['epoch'], epochs), desc)
+        for epoch in bar:
+            optimizer.param_groups[0]['lr'] = float(rates[epoch])
+            learning = weighting is not None and weighting.learns(epoch, epochs, first_drop)
+            steps, losses, meta_losses = batches(N, batch_size, rng(seed, 'train order', epoch)), at['losses'], at['meta_losses']
+            draws = lambda purpose: (seed, purpose, epoch) if augment else ()
+            if learning and weighting.needs_meta:
+                meta_stream = stream(data.meta, endless_batches(len(data.meta.y), meta_batch_size, seed, 'meta order', epoch), *draws('meta augment'), skip=len(meta_losses))
+            training_mode(model, frozen_bn)
+            for step, (index, x, labels) in enumerate(stream(data.train, steps, *draws('augment'), skip=at['step']), at['step']):
+                index, x, scale = index.to(y.device), compute.place(x), None
+                if drw and epoch >= round(.8*epochs): scale = balance[index]
+                if learning and weighting.needs_meta and step % meta_every == 0:
+                    _, x_meta, y_meta = next(meta_stream)
+                    loss, meta_loss, new = meta_step(bottom, top, optimizer, weighting, weighting_optimizer, index, x, labels, compute.place(x_meta), y_meta,
+                                                     virtual, engine, online, skipped_mode, scale, gates, compute)
+                    meta_losses.append(meta_loss)
+                else:
+                    rule = weighting if learning or weights is not None else None
+                    loss, new = weighted_step(plain, optimizer, index, x, labels, rule, None if learning or weights is None else weights[index], scale, compute)
+                if new is not None:
+                    if weights is None: weights = new.new_ones(N, *new.shape[1:])
+                    weights[index] = new
+                losses.append(loss)
+                if c.due(): c.save({'epoch': epoch, 'step': step + 1, 'weights': weights, 'history': history, 'losses': losses, 'meta_losses': meta_losses,
+                                    'random': random_state(), 'learned': {k: part.state_dict() for k, part in learned.items() if part is not None}})
+            check_finite(torch.stack(losses), 'training loss', epoch, rates[epoch])
+            if meta_losses: check_finite(torch.stack(meta_losses), 'meta loss', epoch, rates[epoch])
+            acc = 100*(predict(model, data.test, compute=compute) == data.test.y).double().mean().item()
+            history.append({'epoch': epoch, 'lr': float(rates[epoch]), 'loss': torch.stack(losses).mean().item(),
+                            'meta_loss': torch.stack(meta_losses).mean().item() if meta_losses else math.nan, 'test_acc': acc})
+            bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", meta_loss=f"{history[-1]['meta_loss']:.3f}", acc=f'{acc:.1f}')
+            if after_epoch is not None: after_epoch(epoch, weights)
+            if log is not None: log(history[-1])
+            at = {**at, 'step': 0, 'losses': [], 'meta_losses': []}
     by_class = weights is not None and weights.ndim == 2
     of_label = weights.gather(1, y[:, None])[:, 0] if by_class else weights
     return TrainResult(model, weighting, None if weights is None else of_label.cpu(), weights.cpu() if by_class else None, pd.DataFrame(history))
+
+# %% ../nbs/10_train.ipynb #1e3c0ec1
+def _restore(state, learned, device):
+    "Where a run goes on, and everything learned put back"
+    if state is None: return {'epoch': 0, 'step': 0, 'weights': None, 'history': [], 'losses': [], 'meta_losses': []}
+    for name, part in state['learned'].items(): learned[name].load_state_dict(part)
+    set_random_state(state['random'])
+    there = lambda ts: [t.to(device) for t in ts]
+    return {**state, 'weights': None if state['weights'] is None else state['weights'].to(device), 'losses': there(state['losses']), 'meta_losses': there(state['meta_losses'])}

@@ -106,14 +106,15 @@ class MWNet(Weighting):
 class CurveNet(Weighting):
     "CurveNet (AAAI 2022, Figure 3): normalised loss curve and label → weight in (0.02, 1.02)."
     def __init__(self,
-        curves:torch.Tensor, # Normalised curves of the train set `[N, T − S]`, see `normalise_curves`
+        curves, # Normalised curves of the train set `[N, T − S]`: a tensor, or `RelativeCurves`
         n_classes:int, # Number of classes, C
         embedding:int=64, # P
         hidden:int=128, # Width of the first layers
         start_bias:float=4.5, # Last bias at the start; 4.5 starts at weights near 1, 0 near one half
     ):
         super().__init__()
-        self.register_buffer('curves', curves, persistent=False)
+        if isinstance(curves, nn.Module): self.curves = curves
+        else: self.register_buffer('curves', curves, persistent=False)
         self.read = nn.Sequential(nn.Linear(curves.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
                                   nn.Linear(hidden, embedding), nn.ReLU())
         self.label = nn.Embedding(n_classes, embedding)
