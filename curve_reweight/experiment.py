@@ -10,6 +10,7 @@ __all__ = ['weightings', 'methods', 'method_names', 'Setting', 'make_setting', '
 import argparse, ast, difflib, hashlib, importlib.util, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pandas as pd
 import torch
 from fastcore.docments import docments
 
+from .classics import classic_names, classics
 from .core import Checkpoints, atomic_write, get_device, git_commit, lock, make_out_dir, seed_everything, versions, write_json
 from .corruption import BiasedData, as_biased, make_biased
 from .baselines import CMWNet, GenLabel, INSW, L2RW, SoftLabel
@@ -29,7 +31,7 @@ from .meta import engines, virtual_steps
 from .models import create_model, models
 from .probe import Compute, LossCurves, probe, probe_schedule
 from .train import TrainResult, predict, schedules, train
-from .weighting import CurveNet, MWNet
+from .weighting import CurveNet, MWNet, Weighting
 
 # %% ../nbs/14_experiment.ipynb #09c9a433
 weightings = { # Method → function of (setting, data on the device, CurveNet's input or None) that makes the rule
@@ -44,9 +46,9 @@ weightings = { # Method → function of (setting, data on the device, CurveNet's
     'soft_label': lambda s, data, curves: SoftLabel(data.train.y, data.n_classes, s.label_lr or 1000.),
     'gen_label': lambda s, data, curves: GenLabel(data.train.y, data.n_classes, s.label_lr or 4000.),
 }
-methods = 'ce', 'oracle', *weightings
+methods = 'ce', 'oracle', *weightings, *classics
 method_names = {'ce': 'cross-entropy', 'oracle': 'oracle (clean samples only)', 'mwnet': 'Meta-Weight-Net', 'curvenet': 'CurveNet', 'gdw': 'GDW', 'curvenet_gdw': 'CurveNet+GDW',
-    'cmwnet': 'CMW-Net', 'famus': 'FaMUS', 'l2rw': 'L2RW', 'insw': 'INSW', 'soft_label': 'Soft-label', 'gen_label': 'Gen-label'} # For tables and legends
+    'cmwnet': 'CMW-Net', 'famus': 'FaMUS', 'l2rw': 'L2RW', 'insw': 'INSW', 'soft_label': 'Soft-label', 'gen_label': 'Gen-label', **classic_names} # For tables and legends
 
 @dataclass(frozen=True)
 class Setting:
@@ -55,7 +57,7 @@ class Setting:
     data_root:str = '' # Folder of the data set (for csv, the file); digits need none
     model:str = 'small_cnn' # Classifier: small_cnn, resnet20, resnet32, resnet56, wrn_28_10, wrn_16_8, wrn_40_2, resnet18, resnet34 or resnet50
     pretrained:str = '' # File with weights for the classifier to start from
-    method:str = 'curvenet' # ce (plain cross-entropy), oracle (ce on the truly clean samples), mwnet, curvenet, gdw, curvenet_gdw, cmwnet, famus, l2rw, insw, soft_label or gen_label
+    method:str = 'curvenet' # ce (plain cross-entropy), oracle (ce on the truly clean samples), mwnet, curvenet, gdw, curvenet_gdw, cmwnet, famus, l2rw, insw, soft_label, gen_label, focal, class_balanced, ldam_drw, reed_hard, self_paced, o2u, fine_tuning, glc, co_teaching or har
     noise_kind:str = 'uniform' # uniform, uniform_other, prior, flip, pair, flip2, asymmetric, hierarchical or matrix
     noise_rate:float = 0.4 # Noise rate in 0–1
     imbalance_ratio:float = 10.0 # Largest class over smallest, 1 or more
@@ -233,31 +235,34 @@ def run(
 def _run(s, source, model_fn, curves):
     device, data = get_device(s.device), setting_data(s, source)
     here, compute = _on_device(data, device, s.workers), Compute(s.precision == 'bf16', s.channels_last, s.compile)
-    def fresh():
-        seed_everything(s.seed)
+    def fresh(which=0):
+        seed_everything(s.seed + 10**6*which)
         return (model_fn() if model_fn else create_model(s.model, data.train.x.shape[1], data.n_classes, _image_size(data), s.pretrained or None)).to(device)
     key = fingerprint({**asdict(s), 'out_dir': '', 'device': device.type, 'checkpoint_seconds': 0, 'workers': 0, 'probe_cache': ''}, here.train, here.meta, fresh()) if s.out_dir else ''
     checkpoints = lambda name: Checkpoints(s.out_dir, name, s.checkpoint_seconds, key)
     options = dict(momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay, augment=s.augment, compute=compute, seed=s.seed)
 
-    started, weighting, inputs, needs_curves = time.perf_counter(), None, None, s.method.startswith('curvenet')
-    if needs_curves or not len(here.meta.y) and s.method in weightings:
+    started, weighting, inputs, needs_curves = time.perf_counter(), None, None, s.method.startswith('curvenet') or s.method == 'o2u'
+    if needs_curves or not len(here.meta.y) and s.method in (*weightings, 'fine_tuning', 'glc'):
         if curves is None: curves = cached_probe(fresh, here.train, probe_schedule(s.probe_epochs, s.probe_lr, s.batch_size, s.wave_batch_size, s.wave), s.probe_cache, checkpoints('probe'), **options)
-        if needs_curves: inputs = RelativeCurves(curves, s.drop_epochs, s.curve_std)
+        if s.method.startswith('curvenet'): inputs = RelativeCurves(curves, s.drop_epochs, s.curve_std)
         if not len(here.meta.y): here = replace(here, meta=here.train.take(low_loss(curves, s.low_loss_per_class, s.drop_epochs)))
     probed = time.perf_counter()
 
-    model = fresh()
-    if s.method in weightings: weighting = weightings[s.method](s, here, inputs).to(device)
-    open_layers = s.open_layers or (3 if s.method == 'famus' else 0)
+    learn = None
+    if s.method in weightings: weighting = weightings[s.method](s, here, inputs)
+    elif s.method in classics: learn = classics[s.method](s, here, curves, fresh)
+    if isinstance(learn, Weighting): weighting, learn = learn, None
+    if learn is None:
+        learn = partial(train, fresh(), only_clean(here) if s.method == 'oracle' else here, weighting and weighting.to(device), meta_batch_size=s.meta_batch_size,
+                        virtual=s.virtual_step, engine=s.engine, skip_layers=s.skip_layers, skipped_mode=s.skipped_mode, online=s.online, meta_every=s.meta_every,
+                        open_layers=s.open_layers or (3 if s.method == 'famus' else 0), drw=s.drw)
     with _logger(s) as log:
-        result = train(model, only_clean(here) if s.method == 'oracle' else here, weighting, epochs=s.epochs, lr=s.lr, schedule=s.schedule, batch_size=s.batch_size,
-                       meta_batch_size=s.meta_batch_size, virtual=s.virtual_step, engine=s.engine, skip_layers=s.skip_layers, skipped_mode=s.skipped_mode,
-                       open_layers=open_layers, online=s.online, meta_every=s.meta_every, drw=s.drw, frozen_bn=s.frozen_bn, log=log, checkpoints=checkpoints('train'), desc=s.method, **options)
+        result = learn(epochs=s.epochs, lr=s.lr, schedule=s.schedule, batch_size=s.batch_size, frozen_bn=s.frozen_bn, log=log, checkpoints=checkpoints('train'), desc=s.method, **options)
     trained = time.perf_counter()
 
     if s.method == 'oracle': result = replace(result, weights=(~data.noisy).float())
-    predictions = predict(model, here.test, compute=compute).cpu()
+    predictions = predict(result.model, here.test, compute=compute).cpu()
     done = Run(_row(s, data, here, device, result, predictions, probed - started, trained - probed), data, result, curves, predictions)
     if s.out_dir:
         write_run(done, s.out_dir)
