@@ -91,8 +91,7 @@ def _update_rule(b, meta_loss):
     b.rule_opt.step()
 
 def _real_step(b):
-    with torch.no_grad(): weights = b.rule.weigh(F.cross_entropy(b.model(b.x), b.y, reduction='none'))
-    weighted_step(b.model, b.opt, b.index, b.x, b.y, weighting=b.rule, weights=weights)
+    weighted_step(b.model, b.opt, b.index, b.x, b.y, weighting=b.rule)
 
 libraries = {'higher': with_higher, 'torchopt': with_torchopt} # Name of the package → its step
 

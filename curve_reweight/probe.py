@@ -117,7 +117,7 @@ def probe(
         state = c.load() or {'epoch': 0, 'step': 0, 'now': torch.zeros(N), 'means': []}
         if 'model' in state:
             model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer']); set_random_state(state['random'])
-            if state['epoch']: curves[:, :state['epoch']] = torch.from_numpy(np.fromfile(past, np.float32, N*state['epoch']).reshape(-1, N).T)
+            for e in range(state['epoch']): curves[:, e] = torch.from_numpy(np.fromfile(past, np.float32, N, offset=4*N*e))
         model.train()
         bar = progress(range(state['epoch'], T), 'probe')
         for epoch in bar:
