@@ -179,7 +179,8 @@ class Checkpoints:
         self.last, self.interrupted, self.before = time.monotonic(), False, None
 
     def __enter__(self):
-        if self.folder and threading.current_thread() is threading.main_thread(): self.before = signal.signal(signal.SIGINT, self._interrupt)
+        if self.folder and threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN: # ignored in the background
+            self.before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *exception):

@@ -22,6 +22,7 @@ def command(log, words):
     from curve_reweight.experiment import main
     for stream in 1, 2: os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests run
     sys.argv = ['curve_reweight', *words]
     main()
 
