@@ -57,7 +57,8 @@ def rows(runs, name='g'):
 
 
 def start(folder, *words, **kw):
-    "The command, in a process of its own"
+    "The command, in a process of its own, with Ctrl-C as in a terminal, wherever the tests run"
+    kw['preexec_fn'] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, '-m', 'curve_reweight.grid', *map(str, words)], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
 
