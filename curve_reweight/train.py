@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 from .core import Checkpoints, batches, progress, random_state, rng, set_random_state
 from .corruption import BiasedData
