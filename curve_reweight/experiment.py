@@ -104,7 +104,7 @@ class Setting:
     workers:int = None # Processes that read large images; None: as many as there are cores, at most 8
     precision:str = 'float32' # Forward passes in float32 or, where torch holds it safe, bf16
     channels_last:bool = False # Images with channels last in memory
-    compile:bool = False # Probe and plain steps through torch.compile
+    compile:bool = False # Steps through torch.compile
     probe_cache:str = '' # Folder where probes are kept for other runs on the same data; empty: nowhere
     checkpoint_seconds:float = 60.0 # Time between two checkpoints in out_dir
     tensorboard:bool = False # Log to out_dir for TensorBoard
@@ -121,6 +121,7 @@ class Setting:
             if getattr(self, name) not in known: raise ValueError(f'unknown {name} {getattr(self, name)!r}; known: {", ".join(known)}')
         if (self.online or self.meta_every > 1) and self.method in ('gdw', 'curvenet_gdw', 'l2rw'): raise ValueError(f'{self.method} takes the weights of every real step from the meta gradient: it needs online=False and meta_every=1')
         if self.online and self.engine == 'double_backward': raise ValueError('online training takes the tangent after the step: choose the engine jvp or finite_difference')
+        if self.compile and self.engine == 'double_backward': raise ValueError('compiled code has no double backward: choose the engine jvp or finite_difference, or compile=False')
         for name in 'epochs', 'probe_epochs', 'lr', 'probe_lr', 'meta_every', 'low_loss_per_class':
             if not getattr(self, name) > 0: raise ValueError(f'{name} is {getattr(self, name)}, it must be above 0')
         for name in 'batch_size', 'meta_batch_size', 'wave_batch_size':

@@ -231,7 +231,7 @@ def run_job(
     with ExitStack() as stack:
         try:
             place = {'device': _device(stack, job.folder.parent, workers, devices)} if devices else {}
-            info = {'block': job.block, 'parameters': {**job.params, **place, 'out_dir': str(job.folder)}, 'code': code_version()}
+            info = {'block': job.block, 'parameters': {**job.params, **place, **_alone(notebook), 'out_dir': str(job.folder)}, 'code': code_version()}
             _prepare(job.folder, info)
             env, started = {**os.environ, 'OMP_NUM_THREADS': str(threads or joblib.cpu_count()), 'TQDM_DISABLE': '1'}, time.time()
             with open(job.folder/'papermill.log', 'wb') as log:
@@ -241,6 +241,11 @@ def run_job(
         except OSError as e: return job.folder.name, 'failed', str(e)
     status = job_status(job, info['code'])
     return job.folder.name, status, '' if status == 'done' else _what_failed(job.folder, done.returncode)
+
+def _alone(notebook):
+    "The experiment notebook's parameter for running a method without others beside it, where it has that"
+    from papermill import inspect_notebook
+    return {'compare': False} if 'compare' in inspect_notebook(str(notebook)) else {}
 
 def _what_failed(folder, returncode):
     cells = (_read(folder/'run.ipynb') or {}).get('cells', [])

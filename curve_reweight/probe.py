@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import Checkpoints, batches, progress, random_state, rng, set_random_state
+from .core import Checkpoints, batches, compiled, progress, random_state, rng, set_random_state
 from .data import Samples, stream
 
 # %% ../nbs/04_probe.ipynb #b947a755
@@ -82,7 +82,7 @@ class Compute(NamedTuple):
     "How forward passes are computed."
     bf16: bool=False # Under bfloat16 autocast
     channels_last: bool=False # Images with channels last in memory
-    compiled: bool=False # Plain steps through `torch.compile`
+    compiled: bool=False # Through `torch.compile`
 
     def prepare(self, model):
         "Bring a model into the layout."
@@ -112,7 +112,7 @@ def probe(
     "The probing stage of CurveNet: plain training that records `loss_curves [N, T]`. Raises `FloatingPointError` when the loss runs away."
     optimizer = torch.optim.SGD(compute.prepare(model).parameters(), lr=schedule.lr[0], momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
     N, T, c = len(train.y), len(schedule.lr), checkpoints or Checkpoints()
-    curves, past, forward = torch.full((N, T), torch.nan), Path(c.folder)/'probe_losses.f32', torch.compile(model) if compute.compiled else model
+    curves, past, forward = torch.full((N, T), torch.nan), Path(c.folder)/'probe_losses.f32', compiled(model) if compute.compiled else model
     with c:
         state = c.load() or {'epoch': 0, 'step': 0, 'now': torch.zeros(N), 'means': []}
         if 'model' in state:

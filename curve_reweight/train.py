@@ -8,6 +8,7 @@ __all__ = ['schedules', 'lr_schedule', 'predict', 'update_weighting', 'take_step
 
 # %% ../nbs/10_train.ipynb #ee6ad7cb
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +19,7 @@ import torch
 from .core import Checkpoints, batches, progress, random_state, rng, set_random_state
 from .corruption import BiasedData
 from .data import Samples, stream
-from .meta import Tape, engines, meta_gradient, step_and_meta_gradient, virtual_steps
+from .meta import Compiled, Tape, engines, meta_gradient, step_and_meta_gradient, virtual_steps
 from .probe import Compute, check_finite
 from .slmo import LayerGates, skipped, split_model
 from .weighting import Batch, Weighting, make_batch
@@ -135,8 +136,9 @@ def meta_step(
     with compute.autocast(y.device): return _meta_step(bottom, top, optimizer, weighting, weighting_optimizer, index, x, y, x_meta, y_meta, virtual, engine, online, skipped_mode, scale, gates)
 
 def _meta_step(bottom, top, optimizer, weighting, weighting_optimizer, index, x, y, x_meta, y_meta, virtual, engine, online, skipped_mode, scale, gates):
-    h, tape = bottom(x), Tape(only_random=engine != 'jvp')
-    with tape: logits = top(h)
+    compiled = isinstance(top, Compiled)
+    h, tape = bottom(x), Tape(only_random=engine != 'jvp' or compiled)
+    with nullcontext() if compiled else tape: logits = top(h)
     if online: tape.trim(.45) # the graph is freed before the tangent, so keep what costs most to compute again
     batch, h_meta = make_batch(index, logits, y, scale), skipped(bottom, x_meta, skipped_mode)
     take = step_and_meta_gradient if online else partial(meta_gradient, virtual=weighting.virtual_step or virtual)
@@ -243,7 +245,8 @@ def train(
     optimizer = torch.optim.SGD(compute.prepare(model).parameters(), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
     weighting_optimizer = None if weighting is None else weighting.make_optimizer()
     bottom, top = split_model(model, skip_layers)
-    plain = torch.compile(model) if compute.compiled else model
+    wrap = Compiled if compute.compiled else lambda model: model
+    plain = wrap(model); learner = plain if top is model else wrap(top)
     y, N, c = data.train.y, len(data.train.y), checkpoints or Checkpoints()
     gates = LayerGates(top, open_layers).to(y.device) if open_layers else None
     balance = class_balanced(y, data.n_classes)[y] if drw else None
@@ -265,7 +268,7 @@ def train(
                 if drw and epoch >= round(.8*epochs): scale = balance[index]
                 if learning and weighting.needs_meta and step % meta_every == 0:
                     _, x_meta, y_meta = next(meta_stream)
-                    loss, meta_loss, new = meta_step(bottom, top, optimizer, weighting, weighting_optimizer, index, x, labels, compute.place(x_meta), y_meta,
+                    loss, meta_loss, new = meta_step(bottom, learner, optimizer, weighting, weighting_optimizer, index, x, labels, compute.place(x_meta), y_meta,
                                                      virtual, engine, online, skipped_mode, scale, gates, compute)
                     meta_losses.append(meta_loss)
                 else:

@@ -47,7 +47,7 @@ def test_notebook_refuses_an_unknown_parameter(root, tmp_path):
 def test_notebook_has_the_settings_parameters(root):
     names = papermill.inspect_notebook(str(root/'nbs'/'20_run_setting.ipynb'))
     defaults = {f: getattr(Setting(), f) for f in Setting.__dataclass_fields__}
-    assert {n: eval(p['default']) for n, p in names.items()} == defaults
+    assert {n: eval(p['default']) for n, p in names.items()} == {**defaults, 'compare': True}
 
 
 @pytest.mark.parametrize('words, message', [
