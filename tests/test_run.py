@@ -64,7 +64,7 @@ def test_import_needs_no_notebook_packages_and_little_time():
     block = "import sys\nfor m in 'nbdev', 'papermill', 'IPython', 'jupyter', 'ipykernel', 'execnb': sys.modules[m] = None\n"
     code = block + "import curve_reweight\nfrom curve_reweight import Setting, run\nimport curve_reweight.plots\nprint(Setting().method)"
     done = python('-c', code, cwd=os.path.sep)
-    assert done.stdout == 'curvenet\n', done.stderr
+    assert done.stdout == 'curvenet_gdw\n', done.stderr
     done = python('-X', 'importtime', '-c', 'import curve_reweight')
     assert 'torch' not in done.stderr  # heavy parts wait until they are used
 
