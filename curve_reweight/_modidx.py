@@ -603,4 +603,5 @@ d = { 'settings': { 'branch': 'main',
                                           'curve_reweight.weighting.logit_gradient': ( 'weighting.html#logit_gradient',
                                                                                        'curve_reweight/weighting.py'),
                                           'curve_reweight.weighting.make_batch': ( 'weighting.html#make_batch',
-                                                                                   'curve_reweight/weighting.py')}}}
+                                                                                   'curve_reweight/weighting.py'),
+                                          'curve_reweight.weighting.mean_one': ('weighting.html#mean_one', 'curve_reweight/weighting.py')}}}

@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 from .meta import plain_step
-from .weighting import Batch, Weighting
+from .weighting import Batch, Weighting, mean_one
 
 # %% ../nbs/11_baselines.ipynb #362f91cb
 class L2RW(Weighting):
@@ -74,7 +74,7 @@ class CMWNet(Weighting):
 
     def forward(self, batch:Batch)->torch.Tensor:
         w = self.weigh(batch.loss, self.group[batch.y])
-        return w/w.mean().clamp_min(1e-8) if self.normalise else w
+        return mean_one(w) if self.normalise else w
 
 # %% ../nbs/11_baselines.ipynb #8d0de998
 class SoftLabel(Weighting):

@@ -36,7 +36,7 @@ from .weighting import CurveNet, MWNet, Weighting
 # %% ../nbs/14_experiment.ipynb #09c9a433
 weightings = { # Method → function of (setting, data on the device, CurveNet's input or None) that makes the rule
     'mwnet': lambda s, data, curves: MWNet(normalise=s.normalise_weights),
-    'curvenet': lambda s, data, curves: CurveNet(curves, data.n_classes, s.embedding, start_bias=s.start_bias),
+    'curvenet': lambda s, data, curves: CurveNet(curves, data.n_classes, s.embedding, start_bias=s.start_bias, normalise=s.normalise_weights),
     'gdw': lambda s, data, curves: GDW(weightings['mwnet'](s, data, curves), s.outer_lr, s.clip, s.zero_mean),
     'curvenet_gdw': lambda s, data, curves: GDW(weightings['curvenet'](s, data, curves), s.outer_lr, s.clip, s.zero_mean),
     'cmwnet': lambda s, data, curves: CMWNet(data.train.y, data.n_classes, s.class_groups, normalise=s.normalise_weights),
@@ -85,7 +85,7 @@ class Setting:
     curve_std:bool = False # CurveNet: divide curves by the standard deviation of the class
     embedding:int = 64 # CurveNet: size of the label embedding, P
     start_bias:float = 0.0 # CurveNet: last bias at the start; 0 starts at weights of one half, 4.5 (the released code) near 1
-    normalise_weights:bool = False # Meta-Weight-Net: divide the weights of a batch by their mean
+    normalise_weights:bool = False # Meta-Weight-Net, CurveNet: divide the weights of a batch by their mean
     class_groups:int = 3 # CMW-Net: groups of classes by size
     label_lr:float = None # Soft-label, Gen-label: learning rate of the labels; None: 1000, 4000
     outer_lr:float = None # GDW: rate of the second stage, η; None: a tenth of batch size times classes
