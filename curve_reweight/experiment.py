@@ -20,7 +20,7 @@ from fastcore.docments import docments
 
 from .classics import classic_names, classics
 from .core import Checkpoints, atomic_write, get_device, git_commit, lock, make_out_dir, seed_everything, versions, write_json
-from .corruption import BiasedData, as_biased, make_biased
+from .corruption import BiasedData, as_biased, make_biased, noise_kinds
 from .baselines import CMWNet, GenLabel, INSW, L2RW, SoftLabel
 from .curves import RelativeCurves, low_loss
 from .data import ImageFiles, Source
@@ -117,13 +117,16 @@ class Setting:
 
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
-        for name, known in dict(method=methods, model=models, engine=engines, virtual_step=virtual_steps, schedule=schedules, skipped_mode=('eval', 'train'), precision=('float32', 'bf16')).items():
+        known_names = dict(method=methods, model=models, noise_kind=noise_kinds, imbalance_profile=('exponential', 'step'), imbalance_order=('as_is', 'reversed', 'shuffled'), wave=('square', 'sawtooth'),
+                           engine=engines, virtual_step=virtual_steps, schedule=schedules, skipped_mode=('eval', 'train'), precision=('float32', 'bf16'))
+        for name, known in known_names.items():
             if getattr(self, name) not in known: raise ValueError(f'unknown {name} {getattr(self, name)!r}; known: {", ".join(known)}')
         if (self.online or self.meta_every > 1) and self.method in ('gdw', 'curvenet_gdw', 'l2rw'): raise ValueError(f'{self.method} takes the weights of every real step from the meta gradient: it needs online=False and meta_every=1; curvenet and mwnet do not')
         if self.online and self.engine == 'double_backward': raise ValueError('online training takes the tangent after the step: choose the engine jvp or finite_difference')
         if self.compile and self.engine == 'double_backward': raise ValueError('compiled code has no double backward: choose the engine jvp or finite_difference, or compile=False')
         for name in 'epochs', 'probe_epochs', 'lr', 'probe_lr', 'meta_every', 'low_loss_per_class':
             if not getattr(self, name) > 0: raise ValueError(f'{name} is {getattr(self, name)}, it must be above 0')
+        if not 0 <= self.noise_rate <= 1: raise ValueError(f'noise_rate is {self.noise_rate}, but it is a fraction from 0 to 1')
         for name in 'batch_size', 'meta_batch_size', 'wave_batch_size':
             if getattr(self, name) < 2: raise ValueError(f'{name} is {getattr(self, name)}: batch normalisation needs at least 2 samples a batch')
         if self.tensorboard and not (self.out_dir and importlib.util.find_spec('tensorboard')): raise ValueError("tensorboard needs an out_dir, and the package: pip install 'curve_reweight[tensorboard]'")
