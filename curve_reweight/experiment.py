@@ -20,7 +20,7 @@ from fastcore.docments import docments
 
 from .classics import classic_names, classics
 from .core import Checkpoints, atomic_write, get_device, git_commit, lock, make_out_dir, seed_everything, versions, write_json
-from .corruption import BiasedData, as_biased, make_biased, noise_kinds
+from .corruption import BiasedData, as_biased, imbalance_orders, imbalance_profiles, make_biased, noise_kinds
 from .baselines import CMWNet, GenLabel, INSW, L2RW, SoftLabel
 from .curves import RelativeCurves, low_loss
 from .data import ImageFiles, Source
@@ -29,7 +29,7 @@ from .evaluate import accuracy_per_class, accuracy_summary, noise_auc
 from .gdw import GDW
 from .meta import engines, virtual_steps
 from .models import create_model, models
-from .probe import Compute, LossCurves, probe, probe_schedule
+from .probe import Compute, LossCurves, probe, probe_schedule, waves
 from .train import TrainResult, predict, schedules, train
 from .weighting import CurveNet, MWNet, Weighting
 
@@ -85,7 +85,7 @@ class Setting:
     curve_std:bool = False # CurveNet: divide curves by the standard deviation of the class
     embedding:int = 64 # CurveNet: size of the label embedding, P
     start_bias:float = 0.0 # CurveNet: last bias at the start; 0 starts at weights of one half, 4.5 (the released code) near 1
-    normalise_weights:bool = False # Meta-Weight-Net, CurveNet: divide the weights of a batch by their mean
+    normalise_weights:bool = False # Meta-Weight-Net, CurveNet and those built on them: divide the weights of a batch by their mean
     class_groups:int = 3 # CMW-Net: groups of classes by size
     label_lr:float = None # Soft-label, Gen-label: learning rate of the labels; None: 1000, 4000
     outer_lr:float = None # GDW: rate of the second stage, η; None: a tenth of batch size times classes
@@ -117,7 +117,7 @@ class Setting:
 
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
-        known_names = dict(method=methods, model=models, noise_kind=noise_kinds, imbalance_profile=('exponential', 'step'), imbalance_order=('as_is', 'reversed', 'shuffled'), wave=('square', 'sawtooth'),
+        known_names = dict(method=methods, model=models, noise_kind=noise_kinds, imbalance_profile=imbalance_profiles, imbalance_order=imbalance_orders, wave=waves,
                            engine=engines, virtual_step=virtual_steps, schedule=schedules, skipped_mode=('eval', 'train'), precision=('float32', 'bf16'))
         for name, known in known_names.items():
             if getattr(self, name) not in known: raise ValueError(f'unknown {name} {getattr(self, name)!r}; known: {", ".join(known)}')

@@ -276,6 +276,7 @@ def _rows(paths):
 def _flat(row):
     parameters, flat = {f.name for f in fields(Setting)}, {}
     for name, value in row.items():
+        if name == 'out_dir': continue
         if isinstance(value, dict) and name not in parameters: flat.update({f'{name}.{k}': v for k, v in value.items()})
         else: flat[name] = json.dumps(value) if isinstance(value, (dict, list)) else value
     return flat

@@ -201,7 +201,7 @@ class Compiled:
             logits = lambda params: functional_call(model, (params, {k: b.clone() for k, b in buffers.items()}), (x,))
             return torch.func.jvp(logits, (params,), (direction,))[1]
         def logits_at(tensors, args): return functional_call(model, tensors, args)
-        torch._functorch.config.donated_buffer = False
+        torch._functorch.config.donated_buffer = False # holds for the process: a meta gradient goes through one graph twice
         self.model, (self.forward, self.logits_at, self.tangent) = model, map(compiled, (model, logits_at, tangent))
         self.named_parameters, self.named_buffers = model.named_parameters, model.named_buffers
 

@@ -202,7 +202,8 @@ def test_dask_worker_is_killed(tmp_path, notebook):
 @pytest.mark.slow
 def test_loky_worker_is_killed(tmp_path, notebook):
     table = grid.run_grid(small(seeds=4), tmp_path, workers=2, backend='loky', notebook=notebook(kill_worker), threads=1)
-    assert table.status.tolist() == ['done']*4 and attempts(tmp_path)[0] == 2 and attempts(tmp_path)[2:] == [1, 1]
+    first, *others = attempts(tmp_path)
+    assert table.status.tolist() == ['done']*4 and first == 2 and sorted(others)[:2] == [1, 1] # at most one other was under way
 
 
 @pytest.mark.slow
