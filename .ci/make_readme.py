@@ -18,7 +18,7 @@ def readme():
     notebook = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
     notebook.metadata['language_info'] = {'name': 'python'}
     text, resources = exporter.from_notebook_node(notebook, {'output_files_dir': pictures})
-    text = re.sub(r'\]\((\d\d_\w+\.ipynb)\)', r'](nbs/\1)', text).replace('![png]', '![Result]') # links from the root
+    text = re.sub(r'\]\((\d\d\w*\.ipynb)\)', r'](nbs/\1)', text).replace('![png]', '![Result]') # links from the root
     text = '\n'.join(line.rstrip() for line in text.strip().splitlines())
     return re.sub(r'\n{3,}', '\n\n', text) + '\n', resources['outputs']
 

@@ -62,9 +62,9 @@ def interval(
 def full_part(
     wide:pd.DataFrame, # A row a seed, a column a setting; NaN where there is no run
 )->pd.DataFrame: # Without NaN
-    "The seeds that have every setting, or the settings that have every seed, whichever are more runs."
-    seeds, settings = wide.dropna(), wide.dropna(axis=1)
-    return seeds if seeds.size >= settings.size else settings
+    "The seeds that have every setting; where there are none, the settings that have every seed."
+    seeds = wide.dropna()
+    return seeds if len(seeds) else wide.dropna(axis=1)
 
 # %% ../nbs/17_report.ipynb #de2e057a
 _variant = 'normalise_weights', 'drw', 'skip_layers', 'embedding', 'drop_epochs', 'online', 'virtual_step'

@@ -1,6 +1,8 @@
 "The project's own promises: README and notebooks agree, and the commands are the ones that CI runs."
 import json
+import re
 import runpy
+from itertools import pairwise
 
 import pytest
 
@@ -29,3 +31,19 @@ def test_every_notebook_is_executed_and_small(root, kind):
         assert not any(o['output_type'] == 'error' for c in cells for o in c['outputs']), f'{path.name} shows an error'
         assert path.stat().st_size < 500_000, f'{path.name} is too large to read on a code host'
         assert ('parameters' in [t for c in cells for t in c['metadata'].get('tags', [])]) == (kind == 'experiments')
+
+
+def test_notebooks_are_a_course(root):
+    names = sorted(p.stem for p in (root/'nbs').glob('[0-9]*.ipynb'))
+    for name, following in pairwise([*names, 'index']):
+        last = ''.join(json.loads((root/'nbs'/f'{name}.ipynb').read_text())['cells'][-1]['source']).split('---')[-1]
+        assert re.search(r'\((\w+)\.ipynb\)', last)[1] == following, f'{name} does not lead on to {following}'
+    listed = re.findall(r'^\| \[(\w+)\]', (root/'README.md').read_text(encoding='utf-8'), re.M)
+    assert listed == names, 'the table of notebooks in index.ipynb is out of date'
+
+
+def test_links_lead_somewhere(root):
+    texts = [(p, p.read_text(encoding='utf-8')) for p in [root/'README.md', *(root/'grids').glob('*.md')]]
+    texts += [(p, '\n'.join(''.join(c['source']) for c in json.loads(p.read_text())['cells'] if c['cell_type'] == 'markdown')) for p in (root/'nbs').glob('*.ipynb')]
+    broken = [f'{path.name}: {link}' for path, text in texts for link in re.findall(r'\]\(([^)#\s]+)', text) if ':' not in link and not (path.parent/link).exists()]
+    assert not broken
