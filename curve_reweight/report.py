@@ -180,15 +180,23 @@ def report(
     if cells.empty: raise ValueError(f'{paper} has no cells of {table!r}; there are: {", ".join(known)}')
     lines, parts = [], dict(list(rows.groupby('dataset')))
     for cell in cells.itertuples(index=False):
-        plain = cells[(cells.method == 'ce') & (cells[_cell].fillna(-1) == pd.Series(cell._asdict())[_cell].fillna(-1)).all(axis=1)]
+        same = cells[(cells[_cell].fillna(-1) == pd.Series(cell._asdict())[_cell].fillna(-1)).all(axis=1)]
+        plain = same[same.method == 'ce']
         line = {**cell._asdict(), 'published_gain': cell.value - plain.value.iloc[0] if len(plain) and cell.method != 'ce' else np.nan}
-        found = [(data, part, fit) for data, part in parts.items() if cell.dataset in (data, *serves.get(data, ())) for fit in [cell_rows(part, cell)] if len(fit)]
+        found = [(data, part, fit) for data, part in parts.items() if cell.dataset in (data, *serves.get(data, ())) for fit in [_comparable(part, cell, same)] if len(fit)]
         lines += [{**line, 'data': data, **_ours(fit, cell, cell_rows(part, cell._replace(method='ce', option='')))} for data, part, fit in found] or [line]
     empty = dict(data='', our_model='', seeds=0, settings=0, **dict.fromkeys(('last', 'sd', 'last5', 'best', 'difference', 'gain', 'low', 'high'), np.nan))
     return pd.DataFrame([{**line, **{c: line.get(c, v) for c, v in empty.items()}} for line in lines])
 
 # %% ../nbs/17_report.ipynb #301422b6
 _cell = ['dataset', 'model', 'noise_kind', 'noise_rate', 'imbalance_ratio', 'metric']
+
+def _comparable(part, cell, same):
+    "Rows that answer a cell; of an ablation's cell, those in the settings that all values of its option have"
+    fit, name = cell_rows(part, cell), cell.option.partition('=')[0]
+    if name in ('', 'code'): return fit # the codes of Meta-Weight-Net are methods of their own
+    others = [cell_rows(part, c) for c in same.itertuples(index=False) if c.method == cell.method and c.option.partition('=')[0] == name]
+    return fit[fit.setting.isin(set.intersection(*[set(rows.setting) for rows in others if len(rows)]))] if len(fit) else fit
 
 def _ours(fit, cell, plain):
     "What our rows say to a cell"
