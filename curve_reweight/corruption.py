@@ -19,7 +19,7 @@ from .data import Samples, Source
 from .datasets import RealData
 
 # %% ../nbs/02_corruption.ipynb #1c342eb6
-imbalance_profiles = 'exponential', 'step'
+imbalance_profiles = 'exponential', 'step' # Shapes of the class sizes, see `class_sizes`
 imbalance_orders = 'as_is', 'reversed', 'shuffled' # Which class is the head
 
 def class_sizes(

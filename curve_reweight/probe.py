@@ -24,7 +24,7 @@ class ProbeSchedule(NamedTuple):
     lr: np.ndarray # `[T]`
     batch_size: np.ndarray # `[T]`, int
 
-waves = 'square', 'sawtooth'
+waves = 'square', 'sawtooth' # Shapes of the learning rate after the first 40% of the epochs, see `probe_schedule`
 
 def probe_schedule(
     epochs:int=300, # Epochs in all, T

@@ -227,5 +227,5 @@ def test_real_notebook_killed_and_started_again(tmp_path):
     out, err = start(tmp_path, 'g.yaml', '--threads', 1).communicate(timeout=600)
     assert out.endswith('2 runs: 2 done\n'), err
     grid.run_grid(settings, tmp_path/'undisturbed', threads=1)
-    def facts(runs): return [{k: v for k, v in row.items() if not k.startswith('seconds') and k != 'out_dir'} for row in rows(runs)]
+    def facts(runs): return [{k: v for k, v in row.items() if not k.startswith('seconds')} for row in rows(runs)]
     assert facts(tmp_path/'runs') == facts(tmp_path/'undisturbed')
