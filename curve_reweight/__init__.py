@@ -1,8 +1,8 @@
 "Learn classifiers from data with noisy labels and imbalanced classes. The notebooks in nbs/ are the source and the manual."
 __version__ = "0.1.0"
 
-_where = {'Setting': 'experiment', 'run': 'experiment', 'Source': 'data', 'make_samples': 'data', 'make_biased': 'corruption', 'own_data': 'corruption',
-          'normalise_curves': 'curves', 'MWNet': 'weighting', 'CurveNet': 'weighting'}
+_where = {'Setting': 'setting', 'run': 'experiment', 'Source': 'data', 'make_samples': 'data', 'make_biased': 'corruption',
+          'biased_from_samples': 'corruption', 'normalise_curves': 'curves', 'Weighting': 'weighting', 'MWNet': 'weighting', 'CurveNet': 'weighting'}
 __all__ = list(_where)
 
 

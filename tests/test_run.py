@@ -4,10 +4,14 @@ import os
 import subprocess
 import sys
 
+import nbformat
+import pandas as pd
 import papermill
 import pytest
 
-from curve_reweight.experiment import Setting, run
+from curve_reweight.experiment import run
+from curve_reweight.grid import run_grid
+from curve_reweight.setting import Setting, parameters_cell
 
 small = dict(epochs=4, probe_epochs=10)
 
@@ -45,14 +49,55 @@ def test_notebook_refuses_an_unknown_parameter(root, tmp_path):
 
 
 def test_notebook_has_the_settings_parameters(root):
-    names = papermill.inspect_notebook(str(root/'nbs'/'20_run_setting.ipynb'))
-    defaults = {f: getattr(Setting(), f) for f in Setting.__dataclass_fields__}
-    assert {n: eval(p['default']) for n, p in names.items()} == {**defaults, 'compare': True}
+    cells = nbformat.read(root/'nbs'/'20_run_setting.ipynb', as_version=4).cells
+    text = next(c.source for c in cells if 'parameters' in c.metadata.get('tags', ()))
+    *ours, compare = text.splitlines()
+    assert '\n'.join(ours) == parameters_cell(), 'write the cell again: python .ci/make_parameters.py'
+    assert compare.startswith('compare: bool = True')
+
+
+own_rule = '''
+import torch
+from curve_reweight.weighting import Weighting
+
+class Trust(Weighting):
+    "Weights that fall with the loss, learnt from clean samples how fast"
+    title = 'my own'
+
+    def __init__(self,
+        task,
+        power:float=1., # Where it starts
+    ):
+        super().__init__(task)
+        self.rate = torch.nn.Parameter(torch.tensor(power))
+
+    def forward(self, batch): return (-self.rate*batch.loss).exp()
+'''
+
+
+def test_a_rule_of_ones_own_is_one_file(root, tmp_path):
+    "Run by name and with its option from the command line, by papermill and in a grid; nothing else is written"
+    (tmp_path/'mine.py').write_text(own_rule)
+    method, few = f'{tmp_path}/mine.py:Trust', dict(epochs=2, noise_rate=.3)
+    words = [f'--{name}={value}' for name, value in {'method': method, 'power': 2, **few, 'out_dir': tmp_path/'command'}.items()]
+    done = python('-m', 'curve_reweight', *words)
+    assert done.returncode == 0, done.stderr
+    executed = run_notebook(root, tmp_path, method=method, power=2, compare=False, **few, out_dir=str(tmp_path/'notebook'))
+    assert 'my own' in executed.read_text()
+    grid = {'name': 'own', 'fixed': {'method': method, **few}, 'product': {'power': [1, 2]}}
+    assert run_grid(grid, tmp_path/'runs', workers=2, threads=1).status.tolist() == ['done', 'done']
+    rows = [json.loads((tmp_path/name/'row.json').read_text()) for name in ('command', 'notebook')]
+    table = pd.read_csv(tmp_path/'runs'/'own'/'rows.csv')
+    assert table.power.tolist() == [1, 2] and table.test_acc_last[1] == rows[0]['test_acc_last'] and table.test_acc_last.nunique() == 2
+    assert facts(rows[0]) == facts(rows[1]) and rows[0]['power'] == 2 and rows[0]['method'] == method and rows[0]['clip'] is None
+    done = python('-m', 'curve_reweight', '--method', method, '--pover', '2')
+    assert done.returncode == 2 and 'unrecognized arguments: --pover' in done.stderr
 
 
 @pytest.mark.parametrize('words, message', [
     (['--noise_rate', '1.4'], 'noise_rate is 1.4'), (['--imbalance_ratio', '0.1'], 'write 10'), (['--noise_kind', 'x'], 'known: uniform'),
     (['--epochs', 'many'], "epochs is 'many', wanted int"), (['--epoch_count', '3'], 'unrecognized arguments'),
+    (['--online', 'True'], 'curvenet_gdw does not read online: it takes the weights of every real step from the meta gradient'),
     (['--out_dir', '/dev/null/x'], "out_dir '/dev/null/x' cannot be written"), (['--lr', '1e30'], 'became')])
 def test_command_says_what_is_wrong_in_one_sentence(words, message):
     done = python('-m', 'curve_reweight', '--epochs', '2', '--probe_epochs', '2', '--drop_epochs', '0', *words)
@@ -62,7 +107,7 @@ def test_command_says_what_is_wrong_in_one_sentence(words, message):
 
 def test_import_needs_no_notebook_packages_and_little_time():
     block = "import sys\nfor m in 'nbdev', 'papermill', 'IPython', 'jupyter', 'ipykernel', 'execnb': sys.modules[m] = None\n"
-    code = block + "import curve_reweight\nfrom curve_reweight import Setting, run\nimport curve_reweight.plots\nprint(Setting().method)"
+    code = block + "import curve_reweight\nfrom curve_reweight import Setting, Weighting, run\nimport curve_reweight.plots\nprint(Setting().method)"
     done = python('-c', code, cwd=os.path.sep)
     assert done.stdout == 'curvenet_gdw\n', done.stderr
     done = python('-X', 'importtime', '-c', 'import curve_reweight')
