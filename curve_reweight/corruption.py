@@ -454,7 +454,6 @@ def make_biased(
     "Bias a source. Raises `ValueError` with one sentence for anything out of range."
     check_noise(noise_kind, exact_noise, noise_map=noise_map, noise_matrix=noise_matrix, noise_rows=noise_rows)
     C, true = source.n_classes, source.pool.y.numpy()
-    if noise_rows is not None: noise_rows = check_probabilities(noise_rows, (len(true), C), 'noise_rows')
     observed, stay, meta = true.copy(), np.arange(len(true)), np.arange(0)
     for step in _bias_steps(bias_order, meta_per_class):
         if step == 'meta':
@@ -467,8 +466,8 @@ def make_biased(
             corrupted = stay
             if depends_on_sample(noise_kind): observed[stay] = draw_labels(P, draw_seed)
             else: observed[stay] = corrupt_labels(true[stay], P, exact_noise, draw_seed)
-    for c in range(C):
-        if not (true[stay] == c).any(): raise ValueError(f'class {c} is left empty: no training sample of it remains')
+    empty = np.setdiff1d(np.arange(C), true[stay])
+    if len(empty): raise ValueError(f'class {empty[0]} is left empty: no training sample of it remains')
     rows = P[np.searchsorted(corrupted, stay)] if depends_on_sample(noise_kind) else None
     if rows is not None: P = np.stack([rows[true[stay] == c].mean(0) for c in range(C)])
     train = Samples(source.pool.x[stay], torch.from_numpy(observed[stay]))
@@ -489,8 +488,9 @@ def _source_noise(source, stay, kind, rate, map_seed, noise_map, noise_matrix, n
     known = dict(n_classes=source.n_classes, rate=rate, map_seed=map_seed, groups=source.groups, noise_matrix=noise_matrix)
     known['class_counts'] = np.bincount(source.pool.y[stay], minlength=source.n_classes)
     known['noise_map'] = source.similar if noise_map is None else noise_map
-    known['noise_rows'] = None if noise_rows is None else noise_rows[stay]
     if depends_on_sample(kind): known['samples'] = source.pool.take(stay)
+    if noise_rows is not None:
+        known['noise_rows'] = check_probabilities(noise_rows, (len(source.pool.y), source.n_classes), 'noise_rows')[stay]
     return noise_distribution(kind, **known)
 
 # %% ../nbs/02_corruption.ipynb #4dfd7562

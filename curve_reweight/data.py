@@ -77,8 +77,12 @@ def _checked_labels(y, n_classes, name):
 
 # %% ../nbs/01_data.ipynb #57241189
 @lru_cache
-def scale_shift(mean, sd, device):
-    "Factor and offset `[1, C, 1, 1]` that normalise bytes."
+def scale_shift(
+    mean:tuple, # Of each channel `[C]`, in 0–1
+    sd:tuple, # Of each channel `[C]`, in 0–1
+    device:torch.device, # Where the numbers are wanted
+)->tuple: # Factor and offset, each `[1, C, 1, 1]`
+    "Factor and offset that normalise bytes."
     mean, sd = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, sd))
     return 1/(255*sd), -mean/sd
 
@@ -91,7 +95,11 @@ def normalise(
     scale, shift = scale_shift(mean, sd, pixels.device)
     return torch.addcmul(shift, pixels.float(), scale)
 
-def check_norm(mean, sd, channels):
+def check_norm(
+    mean, # Of each channel `[C]`
+    sd, # Of each channel `[C]`
+    channels:int, # Number of channels, C
+)->tuple: # The two as tuples of floats
     "`mean` and `sd` as tuples. Raises `ValueError` unless there is one of each per channel, every sd above 0."
     mean, sd = tuple(map(float, mean)), tuple(map(float, sd))
     if len(mean) != channels or len(sd) != channels:
@@ -252,7 +260,9 @@ class ReadImages:
             torch.default_generator.manual_seed(draw)
             return self.train(image)
 
-def stack_images(images):
+def stack_images(
+    images:list, # Of a batch: each `[3, size, size]`, uint8, or the error met in reading it
+)->torch.Tensor|ValueError:
     "Images of a batch `[n, 3, size, size]`, uint8, or the first error among them."
     errors = [image for image in images if isinstance(image, ValueError)]
     return errors[0] if errors else torch.stack(images)

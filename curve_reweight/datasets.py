@@ -41,7 +41,7 @@ class RealData:
     @property
     def n_classes(self): return len(self.classes)
 
-# %% ../nbs/01a_datasets.ipynb #1316fadf
+# %% ../nbs/01a_datasets.ipynb #98209cf5
 sources = {} # Name in an experiment's `dataset` → function that loads it
 add_to(sources, 'digits')(digits)
 
@@ -74,7 +74,8 @@ def class_index(
     number = {c: i for i, c in enumerate(classes)}
     for i, label in enumerate(labels):
         if label not in number:
-            known = ', '.join(classes[:12]) + (f', … ({len(classes)} in all)' if len(classes) > 12 else '')
+            more = f', … ({len(classes)} in all)' if len(classes) > 12 else ''
+            known = ', '.join(classes[:12]) + more
             raise ValueError(f'{where(i)} has the unknown class {label!r}; known: {known}')
     return np.array([number[label] for label in labels], dtype=np.int64)
 
@@ -104,7 +105,7 @@ def read_parts(
     part:np.ndarray, # One of `part_names` for each `[n]`
     n_classes:int, # Number of classes
     rows=None, # The row of each in the list it comes from `[n]`, for errors
-    size:int|None=None, # Pixels a side that the model sees of a large image; None: small images stay as they are, large ones get 224
+    size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
     crop:str='random', # How large training images are cut, a key of `train_crops`
 )->dict: # Part → its `Samples`; None where there is no image of it
     """Read or check all images and sort them into the parts. Raises `ValueError` for damaged images, when there is nothing to train on or
@@ -124,17 +125,24 @@ def read_parts(
 # %% ../nbs/01a_datasets.ipynb #e6dcaa1e
 cifar10_classes = 'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'
 cifar10_similar = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3} # Class → class
-cifar_norm = {'cifar10': ((.4914, .4822, .4465), (.2470, .2435, .2616)), 'cifar100': ((.5071, .4865, .4409), (.2673, .2564, .2762))} # Mean, sd
+cifar_norm = { # Mean and standard deviation of each channel
+    'cifar10': ((.4914, .4822, .4465), (.2470, .2435, .2616)),
+    'cifar100': ((.5071, .4865, .4409), (.2673, .2564, .2762)),
+}
 
 def _read_cifar(dataset, root, download):
     "CIFAR as a `Source`"
     kind = getattr(torchvision.datasets, dataset.upper())
     folder = Path(root)/kind.base_folder
     if not folder.is_dir() and not download:
-        raise FileNotFoundError(f'{folder} is missing: unpack {kind.filename} from {os.path.dirname(kind.url)} in {root}, or call {dataset}({str(root)!r}, download=True)')
+        raise FileNotFoundError(f'{folder} is missing: unpack {kind.filename} from {os.path.dirname(kind.url)} in {root}, '
+                                f'or call {dataset}({str(root)!r}, download=True)')
     try: pool, test = (kind(root, train=train, download=download) for train in (True, False))
-    except RuntimeError: raise ValueError(f'{folder} is incomplete or damaged: a file is missing there, or its md5 sum is not the published one') from None
-    def samples(part): return make_samples(ImageTensor(torch.from_numpy(part.data).permute(0, 3, 1, 2), *cifar_norm[dataset]), part.targets, len(part.classes), dataset)
+    except RuntimeError:
+        raise ValueError(f'{folder} is incomplete or damaged: a file is missing there, or its md5 sum is not the published one') from None
+    def samples(part):
+        images = ImageTensor(torch.from_numpy(part.data).permute(0, 3, 1, 2), *cifar_norm[dataset])
+        return make_samples(images, part.targets, len(part.classes), dataset)
     return Source(samples(pool), samples(test), tuple(pool.classes), dataset)
 
 @add_to(sources, 'cifar10')
@@ -147,17 +155,30 @@ def cifar10(
 
 # %% ../nbs/01a_datasets.ipynb #fadd8db4
 cifar100_groups = {g: fine.split() for g, fine in {
-    'aquatic_mammals': 'beaver dolphin otter seal whale', 'fish': 'aquarium_fish flatfish ray shark trout', 'flowers': 'orchid poppy rose sunflower tulip',
-    'food_containers': 'bottle bowl can cup plate', 'fruit_and_vegetables': 'apple mushroom orange pear sweet_pepper',
-    'household_electrical_devices': 'clock keyboard lamp telephone television', 'household_furniture': 'bed chair couch table wardrobe',
-    'insects': 'bee beetle butterfly caterpillar cockroach', 'large_carnivores': 'bear leopard lion tiger wolf',
-    'large_man-made_outdoor_things': 'bridge castle house road skyscraper', 'large_natural_outdoor_scenes': 'cloud forest mountain plain sea',
-    'large_omnivores_and_herbivores': 'camel cattle chimpanzee elephant kangaroo', 'medium_mammals': 'fox porcupine possum raccoon skunk',
-    'non-insect_invertebrates': 'crab lobster snail spider worm', 'people': 'baby boy girl man woman', 'reptiles': 'crocodile dinosaur lizard snake turtle',
-    'small_mammals': 'hamster mouse rabbit shrew squirrel', 'trees': 'maple_tree oak_tree palm_tree pine_tree willow_tree',
-    'vehicles_1': 'bicycle bus motorcycle pickup_truck train', 'vehicles_2': 'lawn_mower rocket streetcar tank tractor'}.items()}
+    'aquatic_mammals': 'beaver dolphin otter seal whale',
+    'fish': 'aquarium_fish flatfish ray shark trout',
+    'flowers': 'orchid poppy rose sunflower tulip',
+    'food_containers': 'bottle bowl can cup plate',
+    'fruit_and_vegetables': 'apple mushroom orange pear sweet_pepper',
+    'household_electrical_devices': 'clock keyboard lamp telephone television',
+    'household_furniture': 'bed chair couch table wardrobe',
+    'insects': 'bee beetle butterfly caterpillar cockroach',
+    'large_carnivores': 'bear leopard lion tiger wolf',
+    'large_man-made_outdoor_things': 'bridge castle house road skyscraper',
+    'large_natural_outdoor_scenes': 'cloud forest mountain plain sea',
+    'large_omnivores_and_herbivores': 'camel cattle chimpanzee elephant kangaroo',
+    'medium_mammals': 'fox porcupine possum raccoon skunk',
+    'non-insect_invertebrates': 'crab lobster snail spider worm',
+    'people': 'baby boy girl man woman',
+    'reptiles': 'crocodile dinosaur lizard snake turtle',
+    'small_mammals': 'hamster mouse rabbit shrew squirrel',
+    'trees': 'maple_tree oak_tree palm_tree pine_tree willow_tree',
+    'vehicles_1': 'bicycle bus motorcycle pickup_truck train',
+    'vehicles_2': 'lawn_mower rocket streetcar tank tractor',
+}.items()}
 cifar100_classes = tuple(sorted(sum(cifar100_groups.values(), []))) # Fine classes `[100]`
-cifar100_coarse = np.array([[fine in group for group in cifar100_groups.values()].index(True) for fine in cifar100_classes]) # Super-class of each fine class `[100]`
+_group_of = {fine: i for i, group in enumerate(cifar100_groups.values()) for fine in group}
+cifar100_coarse = np.array([_group_of[fine] for fine in cifar100_classes]) # Super-class of each fine class `[100]`
 
 # %% ../nbs/01a_datasets.ipynb #9645ff51
 @add_to(sources, 'cifar100')
@@ -165,7 +186,7 @@ def cifar100(
     root:str|Path, # Folder that holds `cifar-100-python`
     download:bool=False, # Fetch the set into `root` when it is not there
 )->Source:
-    "CIFAR-100: 50,000 and 10,000 images `[n, 3, 32, 32]`. Raises `FileNotFoundError` when it is not there, `ValueError` when it is damaged."
+    "CIFAR-100: as many images as CIFAR-10, 100 classes. Raises `FileNotFoundError` when it is not there, `ValueError` when it is damaged."
     source = _read_cifar('cifar100', root, download)
     entry = pickle.loads((Path(root)/'cifar-100-python'/'train').read_bytes(), encoding='latin1') # its md5 sum has been checked
     if 'coarse_labels' in entry and (cifar100_coarse[source.pool.y] != entry['coarse_labels']).any():
@@ -183,11 +204,14 @@ def load_arrays(
     rebuild = np.empty(0).__reduce__()[0] # its module's name differs between versions of NumPy
     allowed = [(rebuild, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')] + [np.ndarray, np.dtype]
     allowed += {type(np.dtype(t)) for t in np.typecodes['AllInteger']}
-    if not os.path.isfile(path): raise FileNotFoundError(f'{path} is missing: CIFAR-N comes from https://github.com/UCSC-REAL/cifar-10-100n')
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{path} is missing: CIFAR-N comes from https://github.com/UCSC-REAL/cifar-10-100n')
     try:
         with torch.serialization.safe_globals(allowed): found = torch.load(path, weights_only=True)
-    except pickle.UnpicklingError: raise ValueError(f'{path} is refused: it holds other things than arrays of labels, which could be code') from None
-    except Exception as e: raise ValueError(f'{path} cannot be read: {type(e).__name__} {e}'.splitlines()[0]) from None # damaged files raise anything
+    except pickle.UnpicklingError:
+        raise ValueError(f'{path} is refused: it holds other things than arrays of labels, which could be code') from None
+    except Exception as e: # damaged files raise anything
+        raise ValueError(f'{path} cannot be read: {type(e).__name__} {e}'.splitlines()[0]) from None
     if not isinstance(found, dict): raise ValueError(f'{path} holds a {type(found).__name__}, wanted a dictionary of label arrays')
     return found
 
@@ -197,12 +221,13 @@ def human_labels(
     clean, # CIFAR's own train labels `[n]`
     which:str, # A key of `human_keys`
 )->np.ndarray: # Labels `[n]`, int64
-    "The labels that people gave. Raises `ValueError` for an unknown labelling, and for labels that are not in CIFAR's order or out of range."
+    "The labels that people gave. Raises `ValueError` for an unknown labelling, and labels that are not in CIFAR's order or out of range."
     if which not in human_keys: raise ValueError(f'unknown labelling {which!r}; known: {", ".join(human_keys)}')
     found, clean = load_arrays(path), np.asarray(clean)
     for key in 'clean_label', human_keys[which]:
         if key not in found: raise ValueError(f'{path} has no {key}, it holds {", ".join(map(str, found))}')
-    if not np.array_equal(found['clean_label'], clean): raise ValueError(f"{path}: its clean labels are not CIFAR's, so the order of its images is not known")
+    if not np.array_equal(found['clean_label'], clean):
+        raise ValueError(f"{path}: its clean labels are not CIFAR's, so the order of its images is not known")
     labels = np.asarray(found[human_keys[which]])
     if labels.shape != clean.shape or labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() > clean.max():
         raise ValueError(f'{path}: {human_keys[which]} must be {len(clean)} integers from 0 to {clean.max()}')
@@ -239,7 +264,7 @@ def cifar100n(
 # %% ../nbs/01a_datasets.ipynb #f1d43015
 def read_rows(
     path:Path, # Text file
-    fields:int, # Fields a row
+    fields:int, # Fields per row
     origin:str, # How to get the data set, for an error
     header:str|None=None, # Start of the first row, which is then left out
     sep:str|None=None, # Between fields; None: white space
@@ -277,7 +302,8 @@ def clothing1m(
 
 def _clothing_lists(folder):
     "Of all images of Clothing1M: name, label, list, row in that list"
-    origin = 'Clothing1M is given out by its authors (https://github.com/Cysu/noisy_label), with its lists in annotations/ and its images in images/'
+    origin = ('Clothing1M is given out by its authors (https://github.com/Cysu/noisy_label), with its lists in annotations/ '
+              'and its images in images/')
     label_of = {kind: dict(read_rows(folder/f'{kind}_label_kv.txt', 2, origin)) for kind in ('noisy', 'clean')}
     found = []
     for name in clothing_lists:
@@ -285,7 +311,7 @@ def _clothing_lists(folder):
         for i, (key,) in enumerate(read_rows(folder/f'{name}_key_list.txt', 1, origin), 1):
             if key not in label_of[kind]: raise ValueError(f'{name}_key_list.txt row {i}: {key} has no label in {kind}_label_kv.txt')
             found.append((key, label_of[kind][key], name, i))
-    return zip(*found)
+    return list(zip(*found)) or [()]*4
 
 # %% ../nbs/01a_datasets.ipynb #2723c9cb
 @add_to(sources, 'food101n')
@@ -330,7 +356,7 @@ def _food101_folder(root):
 @add_to(sources, 'image_folder')
 def image_folder(
     root:str|Path, # Folder that holds `train` and `test`, and `meta` and `val` where verified images are known
-    size:int|None=None, # Pixels a side that the model sees of a large image; None: images of one size up to 64 stay as they are, others get 224
+    size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
     crop:str='random', # How large training images are cut, a key of `train_crops`
 )->RealData:
     "Images in one folder per class, with labels as they are. Raises what `list_folder` and `read_parts` raise."
@@ -341,7 +367,7 @@ def image_folder(
 @add_to(sources, 'clean_folder')
 def clean_folder(
     root:str|Path, # Folder that holds `train` and `test`
-    size:int|None=None, # Pixels a side that the model sees of a large image; None: images of one size up to 64 stay as they are, others get 224
+    size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
     crop:str='random', # How large training images are cut, a key of `train_crops`
 )->Source:
     "Images in one folder per class, whose labels are right. Raises what `list_folder` and `read_parts` raise."
@@ -352,7 +378,7 @@ def clean_folder(
 def list_folder(
     root:str|Path, # Folder that holds `train` and `test`, perhaps `meta` and `val`, each with one folder per class
 )->tuple: # Image files `[n]`, labels `[n]`, parts `[n]`, class names `[C]`
-    "Images by their folders. Raises `FileNotFoundError` for missing parts, `ValueError` for unknown classes and links that lead out of `root`."
+    "Images by their folders. Raises `FileNotFoundError` for missing parts, `ValueError` for unknown classes and links out of `root`."
     root = Path(root)
     for part in 'train', 'test':
         if (root/part).is_dir(): continue
@@ -378,14 +404,15 @@ def cifar10_jpeg(
     "CIFAR-10 as an image folder. Raises what `clean_folder` raises, and `ValueError` for other classes."
     source = clean_folder(root)
     if source.classes != cifar10_classes:
-        raise ValueError(f'{root}: wanted train and test with the folders {", ".join(cifar10_classes)}; other images are read by image_folder')
+        wanted = ', '.join(cifar10_classes)
+        raise ValueError(f'{root}: wanted train and test with the folders {wanted}; other images are read by clean_folder')
     return replace(source, name='cifar10_jpeg', similar=cifar10_similar)
 
 # %% ../nbs/01a_datasets.ipynb #0afcb155
 def read_manifest(
     path:str|Path, # CSV file
 )->pd.DataFrame: # Strings, indexed by row in the file, the header being row 1
-    "A list of images. Raises `FileNotFoundError` when it is missing, `ValueError` for wrong columns, rows of another length or empty fields."
+    "A list of images. Raises `FileNotFoundError` when it is missing, `ValueError` for wrong columns or rows and empty fields."
     path, wanted = Path(path), 'path,label[,split][,true_label]'
     if not path.is_file(): raise FileNotFoundError(f'{path} is missing: wanted a CSV file with the columns {wanted}')
     try:
@@ -419,32 +446,41 @@ def hold_out(
 @add_to(sources, 'csv')
 def csv_manifest(
     path:str|Path, # CSV file with the columns `path,label[,split][,true_label]`
-    size:int|None=None, # Pixels a side that the model sees of a large image; None: images of one size up to 64 stay as they are, others get 224
+    size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
     crop:str='random', # How large training images are cut, a key of `train_crops`
     classes=None, # Class names in label order; None: the labels of the train rows, numbers in their order, words in the alphabet's
     test_share:float=.2, # See `hold_out`, where there is no column `split`
     seed:int=0, # The same
 )->RealData:
-    "Images in a list; without `split` the test labels are only as good as the train labels. Raises `ValueError` or `FileNotFoundError` that names the row."
+    """Images in a list; without `split` the test labels are only as good as the train labels. Raises `ValueError` or `FileNotFoundError`
+    that names the row."""
     path, table = Path(path), read_manifest(path)
-    where = lambda i: f'{path.name} row {table.index[i]}: {table.path.iloc[i]}'
+    def where(i): return f'{path.name} row {table.index[i]}: {table.path.iloc[i]}'
     paths, label = locate(path.parent, table.path.tolist(), where), table.label.to_numpy()
     given = table.true_label.to_numpy() if 'true_label' in table else np.full(len(table), '')
     true = np.where(given != '', given, label)
     part = table.split.to_numpy() if 'split' in table else hold_out(true, test_share, seed)
+    train, known = _check_rows(part, given != '', where)
+    classes = _classes_of(label[train], true[train]) if classes is None else tuple(map(str, classes))
+    y = class_index(np.where(train, label, true), classes, where)
+    read = read_parts('csv', paths, y, part, len(classes), table.index, size, crop)
+    true_labels = torch.from_numpy(class_index(true, classes, where)[train]) if known else None
+    return RealData(**read, classes=classes, true_labels=true_labels, name='csv', names=np.asarray(paths)[train])
+
+def _check_rows(part, given, where):
+    "Which rows are trained on `[n]`, and whether these have true labels"
     for i, p in enumerate(part):
         if p not in part_names: raise ValueError(f'{where(i)} has the unknown split {p!r}; known: {", ".join(part_names)}')
     train = part == 'train'
-    known = train & (given != '')
-    if known.any() and (known != train).any(): raise ValueError(f'{where((known != train).argmax())} has no true_label, but other train rows have one')
-    if classes is None:
-        classes = {*label[train], *true[train]}
-        classes = sorted(classes, key=int if all(c.isdecimal() for c in classes) else str)
-    classes = tuple(map(str, classes))
-    y = class_index(np.where(train, label, true), classes, where)
-    read = read_parts('csv', paths, y, part, len(classes), table.index, size, crop)
-    true_labels = torch.from_numpy(class_index(true, classes, where)[train]) if known.any() else None
-    return RealData(**read, classes=classes, true_labels=true_labels, name='csv', names=np.asarray(paths)[train])
+    without = train & ~given
+    known = bool((train & given).any())
+    if known and without.any(): raise ValueError(f'{where(without.argmax())} has no true_label, but other train rows have one')
+    return train, known
+
+def _classes_of(*labels):
+    "All labels there are, numbers in their order, words in the alphabet's"
+    found = set(np.concatenate(labels))
+    return tuple(str(c) for c in sorted(found, key=int if all(c.isdecimal() for c in found) else str))
 
 # %% ../nbs/01a_datasets.ipynb #e360a4c6
 def load_source(

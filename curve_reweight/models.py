@@ -151,7 +151,11 @@ def torchvision_resnet(
 models = {} # Name → function of channels, classes and the image's side in pixels that makes a classifier
 
 @add_to(models, 'small_cnn')
-def small_cnn(n_channels, n_classes, image_size=None):
+def small_cnn(
+    n_channels:int, # Channels of an image
+    n_classes:int, # Number of classes, C
+    image_size:int|None=None, # Not used
+)->nn.Module:
     "Three convolutions, for digits."
     return SmallCNN(n_channels, n_classes)
 
