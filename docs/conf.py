@@ -42,15 +42,18 @@ myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_heading_anchors = 3
 pygments_style = 'friendly'
 
-default_role = 'code'
+default_role, add_module_names = 'code', False
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'none' # types stand beside the arguments, see `argument_lines`
 
 
 # Formulas
 def mathml(tex, display='inline'):
-    "A formula in MathML, after what the converter does not know."
-    tex = tex.replace(r'\arg', r'\operatorname{arg}').replace(r'\big\|', r'\|').replace(r'\Big\|', r'\|')
+    "A formula in MathML, after what the converter does not know: `\arg`, and brackets in a size of their own, which browsers stretch."
+    tex = tex.replace(r'\arg', r'\operatorname{arg}')
+    tex = re.sub(r'\\[bB]ig\\\|', r'\\|', tex)
+    tex = re.sub(r'\\[bB]ig([(\[])', r'\\left\1', tex)
+    tex = re.sub(r'\\[bB]ig([)\]])', r'\\right\1', tex)
     return convert(tex, display=display)
 
 
