@@ -35,7 +35,7 @@ html_theme, html_css_files = 'furo', ['site.css']
 html_copy_source = html_show_sourcelink = False
 html_additional_pages = {'index': 'to_first_page.html'}
 
-nb_execution_mode = 'off'
+nb_execution_mode, nb_ipywidgets_js = 'off', {} # no scripts from a server
 nb_render_markdown_format = 'myst'
 nb_mime_priority_overrides = [('html', 'text/markdown', 0), ('html', 'image/png', 1), ('html', 'text/html', 2)]
 myst_enable_extensions = ['dollarmath', 'amsmath']
