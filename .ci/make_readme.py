@@ -10,6 +10,12 @@ root = Path(__file__).parents[1]
 pictures = 'nbs/index_files'
 
 
+def from_the_root(text):
+    "Links that lead from nbs/ as links that lead from the root."
+    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text)
+    return text.replace('](../', '](')
+
+
 def readme():
     "The text of README.md, and its pictures: path → bytes"
     config = Config(TagRemovePreprocessor={'enabled': True, 'remove_input_tags': {'remove-input'}})
@@ -18,7 +24,7 @@ def readme():
     notebook = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
     notebook.metadata['language_info'] = {'name': 'python'}
     text, resources = exporter.from_notebook_node(notebook, {'output_files_dir': pictures})
-    text = re.sub(r'\]\((\d\d\w*\.ipynb)\)', r'](nbs/\1)', text).replace('![png]', '![Result]') # links from the root
+    text = from_the_root(text).replace('![png]', '![Loss curves and learned weights]')
     text = '\n'.join(line.rstrip() for line in text.strip().splitlines())
     return re.sub(r'\n{3,}', '\n\n', text) + '\n', resources['outputs']
 
