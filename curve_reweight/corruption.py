@@ -253,7 +253,7 @@ def matrix_noise(
     n_classes:int, # Number of classes, C
     noise_matrix=None, # P `[C, C]`, true class → label
 )->np.ndarray: # P `[C, C]`
-    "One's own matrix."
+    "Your own matrix."
     return check_matrix(noise_matrix, n_classes)
 
 # %% ../nbs/02_corruption.ipynb #b38d5a17
