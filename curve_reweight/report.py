@@ -402,6 +402,7 @@ def _plot_panel(ax, words, part, names, colours):
         ax.plot(t.value, y, 'o', mfc='none', color='k', ms=5)
         if t.seeds: ax.errorbar(t.last, y, xerr=None if t.sd != t.sd else t.sd, fmt='o', ms=4, lw=1.2, color=colours[t.data])
     ax.set_title(words, fontsize=9); ax.tick_params(labelsize=9); ax.grid(axis='y', lw=.3)
+    ax.set_xlabel('ms' if part.metric.iloc[0] == 'time_ms' else '%', fontsize=9)
 
 # %% ../nbs/17_report.ipynb #fcc0bec7
 def write_report(
