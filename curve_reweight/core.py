@@ -51,7 +51,7 @@ def set_random_state(
 # %% ../nbs/00_core.ipynb #674c6771
 def batches(
     n:int, # Number of samples, at least 2
-    batch_size:int, # Samples a batch, at least 2
+    batch_size:int, # Samples per batch, at least 2
     generator:np.random.Generator, # Draws the order, see `rng`
 )->list: # Index tensors, int64; together a permutation of `range(n)`
     "Shuffled batches of one epoch; a remainder of one sample joins the batch before it. Raises `ValueError` below 2."

@@ -82,7 +82,7 @@ def _complete(table):
 
 # %% ../nbs/17_report.ipynb #ddf50ec8
 def interval(
-    values, # One number a seed
+    values, # One number per seed
     level:float=.95, # Chance that the interval covers the truth
 )->tuple: # Lower and upper end; NaN for fewer than two seeds
     "Student's interval for the mean."
@@ -93,7 +93,7 @@ def interval(
 
 # %% ../nbs/17_report.ipynb #91c41181
 def full_part(
-    wide:pd.DataFrame, # A row a seed, a column a setting; NaN where there is no run
+    wide:pd.DataFrame, # A row per seed, a column per setting; NaN where there is no run
 )->pd.DataFrame: # Without NaN
     "The seeds that have every setting; where there are none, the settings that have every seed."
     seeds = wide.dropna()
@@ -240,7 +240,7 @@ def cell_rows(
 _former = {'drop_epochs': 5} # Defaults of older rows
 
 def _with_option(rows, option):
-    "The rows that have a cell's option, and everything else that is an option of cells at its default where the rows vary in it"
+    "The rows that have a cell's option, and the other options of cells at their defaults where the rows vary in them"
     name, _, value = option.partition('=')
     if name and name not in cell_options: return rows[:0] # a figure's
     for other, (column, has) in cell_options.items():
