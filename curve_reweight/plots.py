@@ -21,7 +21,7 @@ from .probe import LossCurves
 # %% ../nbs/13_plots.ipynb #6e40b434
 clean_noisy = {'clean': '#3b7dd8', 'noisy': '#f2a03d'} # Colours of the two kinds of samples
 
-def _axes(ax, figsize): return plt.subplots(figsize=figsize, dpi=80)[1] if ax is None else ax
+def _axes(ax, figsize): return plt.subplots(figsize=figsize, dpi=72)[1] if ax is None else ax
 
 def _kinds(noisy): return (('clean', ~noisy), ('noisy', noisy))
 
@@ -48,7 +48,7 @@ def plot_loss_curves(
     if groups is None:
         order, k = bias_report(data).observed_count.to_numpy().argsort()[::-1], max(1, data.n_classes//3)
         groups = {'head classes': order[:k], 'tail classes': order[-k:]}
-    _, axs = plt.subplots(1, len(groups), figsize=(5*len(groups), 3.4), dpi=80, sharey=True, squeeze=False)
+    _, axs = plt.subplots(1, len(groups), figsize=(5*len(groups), 3.4), dpi=72, sharey=True, squeeze=False)
     epochs = np.arange(curves.losses.shape[1])
     for ax, (title, classes) in zip(axs[0], groups.items()):
         member = torch.isin(data.train.y.cpu(), torch.as_tensor(np.array(classes)))
