@@ -145,7 +145,7 @@ def normalised_head(
     return model
 
 # %% ../nbs/11a_baselines.ipynb #95ccbe58
-@method('ldam_drw', 'LDAM-DRW', own_loop=True)
+@method('ldam_drw', 'LDAM-DRW')
 def ldam_drw(task,
     max_margin:float=.5, # Margin of the smallest class
     scale:float=30., # Factor on the cosines, s
@@ -282,7 +282,7 @@ def meta_as_train(
                    names=None, noise_rows=None)
 
 # %% ../nbs/11a_baselines.ipynb #f060a27a
-@method('fine_tuning', 'fine-tuning', needs_clean=True, own_loop=True)
+@method('fine_tuning', 'fine-tuning', needs_clean=True)
 def fine_tuning(task,
     fine_epochs:int=10, # Epochs on the clean samples
     fine_lr:float=None, # Highest learning rate there; None: a tenth of the training's
@@ -335,7 +335,7 @@ def with_meta(
                    index_train=np.concatenate([data.index_train, data.index_meta]), meta=data.meta.take(none), index_meta=none,
                    names=None, noise_rows=None)
 
-@method('glc', 'GLC', needs_clean=True, own_loop=True)
+@method('glc', 'GLC', needs_clean=True)
 def glc(task):
     """Gold loss correction (Hendrycks et al., NeurIPS 2018), two trainings; the history is the second's, the weights are the belief in each label.
     Raises `ValueError` when a class has no clean sample."""

@@ -41,15 +41,17 @@ def random_state()->dict: # State of each global generator
 def set_random_state(
     state:dict, # From `random_state`; CUDA devices that are not here are left out
 ):
-    "Set the global generators back, so that they repeat their draws."
+    "Set the global generators back, so they repeat their draws."
     kind, keys, *rest = state['numpy']
-    random.setstate(state['python']); np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest)); torch.set_rng_state(state['torch'])
+    random.setstate(state['python'])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
     for i, s in enumerate(state['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(s, i)
 
 # %% ../nbs/00_core.ipynb #674c6771
 def batches(
     n:int, # Number of samples, at least 2
-    batch_size:int, # Samples a batch, at least 2
+    batch_size:int, # Samples per batch, at least 2
     generator:np.random.Generator, # Draws the order, see `rng`
 )->list: # Index tensors, int64; together a permutation of `range(n)`
     "Shuffled batches of one epoch; a remainder of one sample joins the batch before it. Raises `ValueError` below 2."
@@ -93,7 +95,9 @@ def atomic_write(
     content:str|bytes, # Its whole content
     previous:str|Path|None=None, # Where the file's old content is kept; None: nowhere
 ):
-    "Write `content` to `path` so that a reader, or a crash, never meets half of it. Raises `OSError` (of the kind met) with one sentence, the old file whole."
+    """Write `content` to `path`; no reader and no crash ever meets half of it.
+
+    Raises `OSError` (of the kind met) with one sentence; the old file is whole then."""
     path = Path(path)
     temp = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
@@ -123,13 +127,21 @@ def _plain(value, name='state'):
     "`value` in types that `torch.load(weights_only=True)` reads"
     if isinstance(value, np.generic): value = value.item()
     if value is None or type(value) in (bool, int, float, str): return value
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return value if value.nbytes == value.untyped_storage().nbytes() else value.clone() # a view would take its whole base along
-    if isinstance(value, np.ndarray) and value.dtype.kind in 'biufc': return torch.from_numpy(np.array(value, value.dtype.newbyteorder('='), order='C'))
-    if isinstance(value, dict) and all(type(k) in (int, str) for k in value): return {k: _plain(v, f'{name}[{k!r}]') for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return (list if isinstance(value, list) else tuple)(_plain(v, f'{name}[{i}]') for i, v in enumerate(value))
-    raise ValueError(f'a checkpoint cannot hold {name}, which is of type {type(value).__name__}' + (' with keys other than strings and integers' if isinstance(value, dict) else ''))
+    if isinstance(value, torch.Tensor): return _plain_tensor(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind in 'biufc':
+        return torch.from_numpy(np.array(value, value.dtype.newbyteorder('='), order='C'))
+    if isinstance(value, dict) and all(type(k) in (int, str) for k in value):
+        return {k: _plain(v, f'{name}[{k!r}]') for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(v, f'{name}[{i}]') for i, v in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    keys = ' with keys other than strings and integers' if isinstance(value, dict) else ''
+    raise ValueError(f'a checkpoint cannot hold {name}, which is of type {type(value).__name__}{keys}')
+
+def _plain_tensor(value):
+    "On the CPU and by itself: a view would take its whole base along"
+    value = value.detach().cpu()
+    return value if value.nbytes == value.untyped_storage().nbytes() else value.clone()
 
 # %% ../nbs/00_core.ipynb #3de48ef5
 def _pack(state):
@@ -149,17 +161,22 @@ def save_checkpoint(
     state, # Nested dicts, lists and tuples of tensors, NumPy arrays, numbers, strings and None
     name:str='checkpoint', # The files are `name.pt` and, of the time before, `name.previous.pt`
 ):
-    "Write a checkpoint and keep the one before. Raises `ValueError` for a state of other types, `OSError` when writing fails; the old files stay then."
+    """Write a checkpoint and keep the one before, unless that is damaged.
+
+    Raises `ValueError` for a state of other types, `OSError` when writing fails; the old files stay then."""
     path, content = Path(folder)/f'{name}.pt', _pack(_plain(state))
     for part in Path(folder).glob(f'.{name}.pt.*.part'): _remove(part) # of a run that was killed while writing
-    atomic_write(path, content, None if isinstance(_unpack(path), str) else path.with_name(f'{name}.previous.pt')) # a damaged one is not kept
+    whole = not isinstance(_unpack(path), str)
+    atomic_write(path, content, path.with_name(f'{name}.previous.pt') if whole else None)
 
 # %% ../nbs/00_core.ipynb #c9ce8e84
 def load_checkpoint(
     folder:str|Path, # Where `save_checkpoint` wrote
     name:str='checkpoint', # As it was saved
 ): # The state, on the CPU and with tensors for arrays; None when there is no checkpoint
-    "Read the last whole checkpoint, with a warning when that is not the last one. Raises `ValueError` when there are files but none is whole, `OSError` when one cannot be read."
+    """Read the last whole checkpoint, with a warning when that is not the last one.
+
+    Raises `ValueError` when there are files but none is whole, `OSError` when one cannot be read."""
     paths, found = [Path(folder)/f'{name}.pt', Path(folder)/f'{name}.previous.pt'], []
     for path in paths:
         payload = _unpack(path)
@@ -173,20 +190,14 @@ def load_checkpoint(
     if found == ['missing', 'missing']: return None
     raise ValueError(f'{str(paths[0])!r} is {found[0]} and {paths[1].name!r} is {found[1]}: remove both to start anew')
 
-# %% ../nbs/00_core.ipynb #3f981e34
-class Checkpoints:
-    "Checkpoints of a running job: `with Checkpoints(folder, key=…) as c: state = c.load(); …; if c.due(): c.save(state)`."
-    def __init__(self,
-        folder:str|Path='', # Where to save; empty: nowhere
-        name:str='checkpoint', # Of the files
-        seconds:float=60., # Between two saves
-        key:str='', # What must be the same for a job to be continued
-    ):
-        self.folder, self.name, self.seconds, self.key = folder, name, seconds, key
-        self.last, self.interrupted, self.before = time.monotonic(), False, None
+# %% ../nbs/00_core.ipynb #e2a96f53
+class _HeldInterrupt:
+    "`with` this, the first Ctrl-C is only taken down, in `interrupted`; the second one interrupts."
+    def __init__(self, active): self.active, self.interrupted, self.before = active, False, None
 
     def __enter__(self):
-        if self.folder and threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN: # ignored in the background
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN # in the background
+        if self.active and threading.current_thread() is threading.main_thread() and not ignored:
             self.before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
@@ -197,12 +208,26 @@ class Checkpoints:
         if self.interrupted: raise KeyboardInterrupt
         self.interrupted = True
 
+# %% ../nbs/00_core.ipynb #3f981e34
+class Checkpoints(_HeldInterrupt):
+    "Checkpoints of a running job: `with Checkpoints(folder, key=…) as c: state = c.load(); …; if c.due(): c.save(state)`."
+    def __init__(self,
+        folder:str|Path='', # Where to save; empty: nowhere
+        name:str='checkpoint', # Of the files
+        seconds:float=60., # Between two saves
+        key:str='', # What must be the same for a job to be continued
+    ):
+        super().__init__(bool(folder))
+        self.folder, self.name, self.seconds, self.key = folder, name, seconds, key
+        self.last = time.monotonic()
+
     def load(self):
         "The state to go on from, or None. Raises `ValueError` when it belongs to another job, and what `load_checkpoint` raises."
         state = load_checkpoint(self.folder, self.name) if self.folder else None
         if state is None: return None
-        if state['key'] != self.key: raise ValueError(f'{str(self.folder)!r} holds a checkpoint of another run: choose another out_dir, or remove {self.name}.pt and {self.name}.previous.pt there to start anew')
-        return state['state']
+        if state['key'] == self.key: return state['state']
+        raise ValueError(f'{str(self.folder)!r} holds a checkpoint of another run: choose another out_dir, '
+                         f'or remove {self.name}.pt and {self.name}.previous.pt there to start anew')
 
     def due(self):
         "Whether it is time to save."
@@ -233,7 +258,7 @@ def _os_lock(f):
 def lock(
     out_dir:str|Path, # Folder that one run at a time may use; it exists
 ):
-    "Keep other processes out of `out_dir`. Raises `BlockingIOError` with the holder's process id, `OSError` when the folder cannot be locked."
+    "Keep other processes out of `out_dir`. Raises `BlockingIOError` with the holder's process id, `OSError` when it cannot be locked."
     path = Path(out_dir)/'.lock'
     try: f = open(path, 'a+')
     except OSError as e: raise type(e)(f'out_dir {str(out_dir)!r} cannot be locked: {e.strerror}') from None

@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/16_published.ipynb #abc9b019
-def published()->pd.DataFrame: # A row a cell; text is '' and a number NaN where there is none
-    "The numbers of the three papers, with the settings that they were measured in. Raises `OSError` when the package was installed without its data file."
+def published()->pd.DataFrame: # A row per cell; text is '' and a number NaN where there is none
+    """The numbers of the three papers, with the settings that they were measured in.
+
+    Raises `OSError` when the package was installed without its data file."""
     numbers = 'noise_rate', 'imbalance_ratio', 'value', 'spread'
     with (files('curve_reweight')/'published.csv').open(encoding='utf-8') as f:
         return pd.read_csv(f, keep_default_na=False, na_values={c: '' for c in numbers})

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['groups', 'circumstances', 'choices', 'parameters', 'DataSetting', 'BiasSetting', 'ProbeSetting', 'TrainingSetting',
-           'MethodSetting', 'MachineSetting', 'method_options', 'known_options', 'Setting', 'setting_meta',
-           'make_setting', 'may_probe', 'facts', 'method_source', 'make_parser', 'parse_args', 'parameters_cell']
+           'MethodSetting', 'MachineSetting', 'comment_of', 'method_options', 'known_options', 'Setting',
+           'setting_meta', 'make_setting', 'may_probe', 'facts', 'method_source', 'make_parser', 'parse_args',
+           'parameters_cell']
 
-# %% ../nbs/13a_setting.ipynb #b1986987
+# %% ../nbs/13a_setting.ipynb #2f567662
 import argparse, ast, difflib, importlib.util, inspect, typing
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from fastcore.docments import docments
 
-import curve_reweight.baselines, curve_reweight.meta_baselines # they fill the table of methods
+import curve_reweight.baselines, curve_reweight.gdw, curve_reweight.meta_baselines, curve_reweight.slmo # they fill the table of methods
 from .corruption import imbalance_orders, imbalance_profiles, noise_kinds
 from .data import Source, train_crops
 from .datasets import sources
@@ -109,16 +111,31 @@ choices = { # Parameter → table or tuple of the names that it may have
     'dataset': sources, 'crop': (None, *train_crops), 'noise_kind': noise_kinds, 'imbalance_profile': imbalance_profiles,
     'imbalance_order': imbalance_orders, 'wave': waves, 'model': models, 'init': inits, 'precision': ('float32', 'bf16')}
 
-# %% ../nbs/13a_setting.ipynb #fd4882e7
+# %% ../nbs/13a_setting.ipynb #2a789c5b
+def comment_of(
+    cls:type, # Dataclass
+    name:str, # Of a field
+)->str: # Empty where the source cannot be read, as in a notebook's own cells
+    "The comment that stands beside a field."
+    return ' '.join((_comments(cls).get(name) or '').split())
+
+@lru_cache
+def _comments(cls):
+    try: return docments(cls)
+    except (OSError, TypeError): return {}
+
 def _fields_of(cls, *names):
     "Fields of a dataclass as options"
-    help = docments(cls)
-    return {f.name: Option(f.type, f.default, ' '.join(help[f.name].split())) for f in fields(cls) if not names or f.name in names}
+    return {f.name: Option(f.type, f.default, comment_of(cls, f.name)) for f in fields(cls) if not names or f.name in names}
 
 def method_options(
     method:Method, # See `find_method`
 )->dict: # Name → `Option`
     "All options that a method reads, with its own defaults."
+    return dict(_method_options(method))
+
+@lru_cache
+def _method_options(method):
     found = dict(method.options)
     if method.learns: found.update(_fields_of(Meta))
     if method.learns and method.virtual_step: found['virtual_step'] = found['virtual_step']._replace(default=method.virtual_step)
@@ -296,9 +313,9 @@ def make_parser(
     parser = argparse.ArgumentParser('curve_reweight', argument_default=argparse.SUPPRESS,
                                      description='Bias a data set, train on it with a method, and write one row of results.')
     for title, cls in groups.items():
-        group, about = parser.add_argument_group(title, cls.__doc__), docments(cls)
+        group = parser.add_argument_group(title, cls.__doc__)
         for f in fields(cls):
-            group.add_argument(f'--{f.name}', metavar=f.name.upper(), help=_help(f.name, ' '.join(about[f.name].split()), f.default))
+            group.add_argument(f'--{f.name}', metavar=f.name.upper(), help=_help(f.name, comment_of(cls, f.name), f.default))
     group = parser.add_argument_group('options of methods', 'An option that the method does not read is refused.')
     options = {name: {own.key: option} for name, option in method_options(own).items()} if own else {}
     for name, readers in {**options, **known_options()}.items():
@@ -343,8 +360,7 @@ def parameters_cell()->str:
     "The source of the experiment notebook's cell of parameters."
     lines, plain = [], lambda kind: kind.__name__ if kind in (str, int, float, bool, dict, list) else 'object'
     for title, cls in groups.items():
-        about = docments(cls)
-        lines += [f'# {title}'] + [f'{f.name}: {plain(f.type)} = {f.default!r}  # {" ".join(about[f.name].split())}' for f in fields(cls)]
+        lines += [f'# {title}'] + [f'{f.name}: {plain(f.type)} = {f.default!r}  # {comment_of(cls, f.name)}' for f in fields(cls)]
     lines.append("# options of methods; None: the method's own default")
     for name, readers in known_options().items():
         option = next(iter(readers.values()))
