@@ -196,8 +196,8 @@ def _drawing_from(state):
     try: yield
     finally: _set_random_state(now)
 
-# %% ../nbs/07b_reuse.ipynb #994efc2c
-_held_online = .45 # Of the bytes of linear outputs, the fraction that is noted in the online step
+# %% ../nbs/07b_reuse.ipynb #afdc6d39
+_held_ahead, _held_online = 1., .45 # Of the bytes of linear outputs, the fraction that is noted: looking ahead, and online
 _computed_again = .25 # And the fraction that the clean batch's graph does not hold
 
 class _NotedPass(Forward):
@@ -207,7 +207,7 @@ class _NotedPass(Forward):
         self.attention = nullcontext if engine == 'finite_difference' else partial(sdpa_kernel, SDPBackend.MATH)
         with Tape(outputs=engine == 'jvp') as tape, self.attention(): self.logits = model(x)
         self.cheapest = _cheapest(tape.notes, _computed_again)
-        self.notes = _trimmed(tape.notes, _held_online) if online else tape.notes
+        self.notes = _trimmed(tape.notes, _held_online if online else _held_ahead)
 
     def again(self, params):
         "Logits of the train batch at other parameters, with the same random draws."

@@ -8,9 +8,10 @@ __all__ = ['groups', 'circumstances', 'choices', 'parameters', 'DataSetting', 'B
            'setting_meta', 'make_setting', 'may_probe', 'facts', 'method_source', 'make_parser', 'parse_args',
            'parameters_cell']
 
-# %% ../nbs/13a_setting.ipynb #cb104eae
+# %% ../nbs/13a_setting.ipynb #2f567662
 import argparse, ast, difflib, importlib.util, inspect, typing
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -116,8 +117,12 @@ def comment_of(
     name:str, # Of a field
 )->str: # Empty where the source cannot be read, as in a notebook's own cells
     "The comment that stands beside a field."
-    try: return ' '.join((docments(cls).get(name) or '').split())
-    except (OSError, TypeError): return ''
+    return ' '.join((_comments(cls).get(name) or '').split())
+
+@lru_cache
+def _comments(cls):
+    try: return docments(cls)
+    except (OSError, TypeError): return {}
 
 def _fields_of(cls, *names):
     "Fields of a dataclass as options"
@@ -127,6 +132,10 @@ def method_options(
     method:Method, # See `find_method`
 )->dict: # Name → `Option`
     "All options that a method reads, with its own defaults."
+    return dict(_method_options(method))
+
+@lru_cache
+def _method_options(method):
     found = dict(method.options)
     if method.learns: found.update(_fields_of(Meta))
     if method.learns and method.virtual_step: found['virtual_step'] = found['virtual_step']._replace(default=method.virtual_step)

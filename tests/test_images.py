@@ -16,7 +16,9 @@ from torch._dynamo.utils import counters
 
 from curve_reweight.datasets import cifar10_classes
 from curve_reweight.experiment import Setting, run
-from curve_reweight.meta import Compiled, Tape, meta_gradient, step_and_meta_gradient
+from curve_reweight.meta import meta_gradient
+from curve_reweight.reuse import Compiled, forward_pass
+from curve_reweight.steps import optimizer_step, step_and_meta_gradient
 from curve_reweight.weighting import logit_gradient
 
 few = dict(dataset='cifar10_jpeg', model='resnet32', noise_kind='flip2', imbalance_ratio=2., meta_per_class=2, probe_epochs=2, drop_epochs=0, epochs=2, batch_size=50, meta_batch_size=20)
@@ -83,12 +85,10 @@ def test_compiled_meta_gradient_with_dropout_and_batch_norm(engine):
         "Meta gradients of three batches in a row, the last of another size, by look-ahead and online"
         torch.manual_seed(1)
         for x, y, x_meta, y_meta in batches:
-            with Tape() as tape:
-                if passes is model: logits = model(x)
-            if passes is not model: tape = Tape(only_random=True); logits = passes(x)
-            D = logit_gradient(logits, y)
-            yield meta_gradient(passes, optimizer, x, logits, D, x_meta, y_meta, 'optimizer', engine, tape)[1]
-            yield step_and_meta_gradient(passes, optimizer, x, logits, D, x_meta, y_meta, engine, tape)[1]
+            forward = forward_pass(passes, x, engine)
+            D = logit_gradient(forward.logits, y)
+            yield meta_gradient(forward, optimizer, D, x_meta, y_meta, optimizer_step, engine)[1]
+            yield step_and_meta_gradient(forward, optimizer, D, x_meta, y_meta, engine)[1]
 
     start = copy.deepcopy(model.state_dict())
     torch._dynamo.reset(); counters.clear()
