@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['feature_nets', 'precisions', 'feature_cache', 'recipe', 'read_weights', 'fill_weights', 'FeatureNet',
            'find_feature_net', 'fold_batch_norm', 'weights_file', 'feature_model', 'feature_inputs', 'content_key',
-           'write_vectors', 'read_vectors', 'faster_precision', 'extract_features', 'with_features']
+           'write_vectors', 'read_vectors', 'faster_precision', 'Extractor', 'extract_features', 'with_features']
 
-# %% ../nbs/01b_features.ipynb #7ddf917f
+# %% ../nbs/01b_features.ipynb #105dd008
 import copy, difflib, functools, hashlib, io, time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .core import atomic_write, get_device, make_out_dir, progress
-from .data import ImageFiles, ImageTensor, Samples, Source, add_to, imagenet_mean, imagenet_sd
+from .data import ImageFiles, ImageTensor, Samples, Source, imagenet_mean, imagenet_sd
 from .datasets import RealData
 
 # %% ../nbs/01b_features.ipynb #8b12648d
@@ -88,7 +88,7 @@ def _lite0_weights(): return _lite0_packages()[1].get_model_file_path()
 
 feature_nets['efficientnet_lite0'] = FeatureNet(_make_lite0, (127/255,)*3, (128/255,)*3, _lite0_weights)
 
-# %% ../nbs/01b_features.ipynb #f99b57a9
+# %% ../nbs/01b_features.ipynb #2b6bef93
 def find_feature_net(
     name:str, # A key of `feature_nets`, or a classifier of torchvision such as `'resnet18'`
 )->FeatureNet:
@@ -97,7 +97,8 @@ def find_feature_net(
     known = torchvision.models.list_models(module=torchvision.models)
     if name in known: return FeatureNet(lambda size: torchvision.models.get_model(name, weights=None))
     near = difflib.get_close_matches(name, [*feature_nets, *known], 1)
-    hint = f', did you mean {near[0]!r}?' if near else f'; known: {", ".join(feature_nets)} and the classifiers of torchvision, such as resnet18'
+    others = f'{", ".join(feature_nets)} and the classifiers of torchvision, such as resnet18'
+    hint = f', did you mean {near[0]!r}?' if near else f'; known: {others}'
     raise ValueError(f'unknown features {name!r}' + hint)
 
 # %% ../nbs/01b_features.ipynb #457c4961
@@ -196,7 +197,7 @@ def read_vectors(
     payload = content[32:]
     return np.load(io.BytesIO(payload), allow_pickle=False) if hashlib.sha256(payload).digest() == content[:32] else None
 
-# %% ../nbs/01b_features.ipynb #8cf82e7d
+# %% ../nbs/01b_features.ipynb #701e1d00
 precisions = 'bf16', 'float32' # How features can be computed
 
 def _look(model, x, precision):
@@ -208,47 +209,33 @@ def faster_precision(
     model:nn.Module, # Images → features
     x:torch.Tensor, # A batch of images
 )->str:
-    "That of `precisions` which takes less time, the better of two tries each."
+    "That of `precisions` which takes less time, the best of three tries each."
     def seconds(precision):
         start = time.perf_counter(); _look(model, x, precision)
         return time.perf_counter() - start
     _look(model, x, 'float32'), _look(model, x, 'bf16')
-    return min(precisions, key=lambda precision: min(seconds(precision), seconds(precision)))
+    return min(precisions, key=lambda precision: min(seconds(precision) for _ in range(3)))
 
-# %% ../nbs/01b_features.ipynb #a9155112
+# %% ../nbs/01b_features.ipynb #03776f7b
 feature_cache = '~/.cache/curve_reweight/features' # Folder where features are kept unless another is given
 recipe = 1 # Counted up when the same images get other features
 
-def extract_features(
-    images, # `ImageTensor` or `ImageFiles`, N of them
-    net:str='efficientnet_lite0', # See `find_feature_net`
-    weights:str|Path='', # File of weights; empty: those that come with the network
-    size:int=96, # Side of the images in pixels
-    batch_size:int=64, # Images at a time
-    precision:str|None=None, # One of `precisions`; None: what is kept already, or else the faster
-    cache:str|Path=feature_cache, # Folder where features are kept; empty: nowhere
-    device:str='auto', # Where the network looks
-)->torch.Tensor: # `[N, d]`, float32, on the CPU
-    "What a network sees in images, in their order. Raises `ValueError` or `OSError` for what cannot be used, with one sentence."
-    _check_request(images, size, batch_size, precision)
-    file, folder = weights_file(net, weights), make_out_dir(Path(cache).expanduser()) if cache else None
-    looker = _Looker(net, file, size, batch_size, precision, get_device(device))
-    parts = [images[index] for index in torch.arange(len(images)).split(1024)]
-    return torch.from_numpy(np.concatenate([_kept_or_seen(part, looker, folder) for part in progress(parts, f'features by {net}')]))
-
-def _check_request(images, size, batch_size, precision):
-    "Refuse what cannot be looked at"
-    if not isinstance(images, (ImageTensor, ImageFiles)):
-        raise TypeError(f'features are seen in an ImageTensor or ImageFiles, not in a {type(images).__name__}')
-    if images.shape[1] not in (1, 3): raise ValueError(f'features are seen in images of 1 or 3 channels, not {images.shape[1]}')
-    if size < 1 or batch_size < 1: raise ValueError(f'size and batch_size are at least 1, got {size} and {batch_size}')
-    if precision not in (None, *precisions): raise ValueError(f'unknown precision {precision!r}; known: {", ".join(precisions)}')
-
-# %% ../nbs/01b_features.ipynb #58c7f17c
-class _Looker:
-    "A network that is made when the first image has to be looked at"
-    def __init__(self, net, file, size, batch_size, precision, device):
-        self.net, self.file, self.size, self.batch_size, self.precision, self.device = net, file, size, batch_size, precision, device
+class Extractor:
+    """A network that looks at images, made when the first has to be looked at: `ImageTensor` or `ImageFiles` of N images → `[N, d]`,
+    float32, on the CPU. Raises `ValueError` or `OSError` for what cannot be used, with one sentence."""
+    def __init__(self,
+        net:str='efficientnet_lite0', # See `find_feature_net`
+        weights:str|Path='', # File of weights; empty: those that come with the network
+        size:int=96, # Side of the images in pixels
+        batch_size:int=64, # Images at a time
+        precision:str|None=None, # One of `precisions`; None: what is kept already, or else the faster
+        cache:str|Path=feature_cache, # Folder where features are kept; empty: nowhere
+        device:str='auto', # Where the network looks
+    ):
+        if size < 1 or batch_size < 1: raise ValueError(f'size and batch_size are at least 1, got {size} and {batch_size}')
+        if precision not in (None, *precisions): raise ValueError(f'unknown precision {precision!r}; known: {", ".join(precisions)}')
+        self.net, self.file, self.size, self.batch_size, self.precision = net, weights_file(net, weights), size, batch_size, precision
+        self.device, self.folder = get_device(device), make_out_dir(Path(cache).expanduser()) if cache else None
 
     @functools.cached_property
     def model(self): return feature_model(self.net, self.file, self.size).to(self.device)
@@ -261,36 +248,57 @@ class _Looker:
         return f'{recipe} {self.net} {weights} {self.size}'
 
     def __call__(self, images):
-        batches = feature_inputs(images, find_feature_net(self.net), self.size, self.batch_size, self.device)
+        _check_images(images)
+        parts = [images[index] for index in torch.arange(len(images)).split(1024)]
+        return torch.from_numpy(np.concatenate([self._kept_or_seen(part) for part in progress(parts, f'features by {self.net}')]))
+
+    def _seen(self, images):
+        "Features of some images, looked at"
         seen = []
-        for x in batches:
-            self.precision = self.precision or faster_precision(self.model, x)
+        for x in feature_inputs(images, find_feature_net(self.net), self.size, self.batch_size, self.device):
+            self.precision = self.precision or faster_precision(self.model, x[:16])
             seen.append(_look(self.model, x, self.precision))
         return torch.cat(seen).numpy()
 
-def _kept_or_seen(images, looker, folder):
-    "Features of some images, from the folder if they are there"
-    if folder is None: return looker(images)
-    content = content_key(images)
-    def place(precision): return folder/hashlib.sha256(f'{looker.about} {precision} {content}'.encode()).hexdigest()[:40]
-    for precision in [looker.precision] if looker.precision else precisions:
-        found = read_vectors(place(precision))
-        if found is not None:
-            looker.precision = precision
-            return found
-    vectors = looker(images)
-    write_vectors(place(looker.precision), vectors)
-    return vectors
+    def _kept_or_seen(self, images):
+        "Features of some images, from the folder if they are there"
+        if self.folder is None: return self._seen(images)
+        content = content_key(images)
+        def place(precision): return self.folder/hashlib.sha256(f'{self.about} {precision} {content}'.encode()).hexdigest()[:40]
+        for precision in [self.precision] if self.precision else precisions:
+            found = read_vectors(place(precision))
+            if found is not None:
+                self.precision = precision
+                return found
+        vectors = self._seen(images)
+        write_vectors(place(self.precision), vectors)
+        return vectors
 
-# %% ../nbs/01b_features.ipynb #7abcf38f
+def _check_images(images):
+    "Refuse what cannot be looked at"
+    if not isinstance(images, (ImageTensor, ImageFiles)):
+        raise TypeError(f'features are seen in an ImageTensor or ImageFiles, not in a {type(images).__name__}')
+    if images.shape[1] not in (1, 3): raise ValueError(f'features are seen in images of 1 or 3 channels, not {images.shape[1]}')
+
+# %% ../nbs/01b_features.ipynb #2baaca5b
+def extract_features(
+    images, # `ImageTensor` or `ImageFiles`, N of them
+    net:str='efficientnet_lite0', # See `find_feature_net`
+    **options, # Of `Extractor`: `weights`, `size`, `batch_size`, `precision`, `cache`, `device`
+)->torch.Tensor: # `[N, d]`, float32, on the CPU
+    "What a network sees in images, in their order. Raises what `Extractor` raises."
+    return Extractor(net, **options)(images)
+
+# %% ../nbs/01b_features.ipynb #1d0f5040
 def with_features(
     data:Source|RealData, # Of images, in memory or in files
     net:str='efficientnet_lite0', # See `find_feature_net`
-    **options, # Of `extract_features`
+    **options, # Of `Extractor`: `weights`, `size`, `batch_size`, `precision`, `cache`, `device`
 )->Source|RealData: # The same with vectors `[n, d]`, float32
-    "A data set with what a network sees in its images. Raises what `extract_features` raises."
+    "A data set with what a network sees in its images. Raises what `Extractor` raises."
     parts = {f.name: getattr(data, f.name) for f in fields(data) if isinstance(getattr(data, f.name), Samples)}
-    seen = {name: extract_features(samples.x, net, **options) for name, samples in parts.items()}
+    look = Extractor(net, **options)
+    seen = {name: look(samples.x) for name, samples in parts.items()}
     base = seen['pool' if isinstance(data, Source) else 'train']
     sd, mean = torch.std_mean(base.double(), 0, correction=0)
     sd[sd == 0] = 1
