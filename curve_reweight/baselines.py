@@ -191,7 +191,7 @@ def share_to_forget(
 )->float: # In 0–1
     "The share of samples that a method leaves out. Raises `ValueError` when nobody says how many, or for a share outside 0–1."
     rate = task.noise_rate if forget_rate is None else forget_rate
-    if rate is None: raise ValueError('the noise rate of these data is not known: say with forget_rate which share of the samples to leave out')
+    if rate is None: raise ValueError('the noise rate of these data is not known: say with forget_rate which share of samples to leave out')
     if not 0 <= rate < 1: raise ValueError(f'forget_rate is {rate}, but it is a fraction from 0 to less than 1')
     return rate
 
@@ -239,7 +239,7 @@ def o2u_weights(
 )->torch.Tensor: # 1 or 0 `[N]`
     "O2U-Net's choice: 0 for the samples of largest mean loss in the wave. Raises `ValueError` for a probe without a wave."
     wave = torch.from_numpy(curves.lr < curves.lr.max())
-    if not wave.any(): raise ValueError('O2U-Net looks at the epochs of the probe in which the learning rate goes up and down, and there are none')
+    if not wave.any(): raise ValueError('O2U-Net looks at the epochs of the probe in which the rate goes up and down, and there are none')
     mean = curves.losses[:, wave].mean(1)
     keep = torch.ones(len(mean))
     keep[mean.argsort(descending=True, stable=True)[:round(drop*len(mean))]] = 0
@@ -308,7 +308,7 @@ def corruption_matrix(
 
 # %% ../nbs/11a_baselines.ipynb #7e3b79b5
 class LossCorrection(Relabelling):
-    "GLC's second stage (NeurIPS 2018): labels `[n, C]`, the true class's distribution given prediction, observed label and corruption matrix."
+    "GLC's second stage (NeurIPS 2018): labels `[n, C]`, the true class's distribution given prediction, label and corruption matrix."
     def __init__(self,
         matrix:torch.Tensor, # Ĉ `[C, C]`, see `corruption_matrix`
         n_noisy:int, # Positions from here on are clean samples
@@ -337,11 +337,11 @@ def with_meta(
 
 @method('glc', 'GLC', needs_clean=True)
 def glc(task):
-    """Gold loss correction (Hendrycks et al., NeurIPS 2018), two trainings; the history is the second's, the weights are the belief in each label.
-    Raises `ValueError` when a class has no clean sample."""
+    """Gold loss correction (Hendrycks et al., NeurIPS 2018), two trainings; the history is the second's, the weights are the belief in each
+    label. Raises `ValueError` when a class has no clean sample."""
     check_clean(task.data, 'GLC')
     N, clean = len(task.data.train.y), task.data.meta
-    corruption_matrix(F.one_hot(clean.y, task.data.n_classes).float(), clean.y) # refuses a class without clean samples now, not after a training
+    corruption_matrix(F.one_hot(clean.y, task.data.n_classes).float(), clean.y) # refuses a class without clean samples before work starts
     first = task.train(stage='train_first', log=False).model
     matrix = corruption_matrix(probabilities(first, clean, precision=task.training.precision), clean.y)
     result = task.train(LossCorrection(matrix, N), data=with_meta(task.data))
@@ -363,8 +363,8 @@ def co_teaching(task,
     forget_epochs:int=10, # Epochs in which this share rises from 0; 1: none
     adam_lr:float=1e-3, # Highest rate of Adam; 0: the training's own optimizer and rate
 ):
-    """Co-teaching (Han et al., NeurIPS 2018): the first of two nets; as weights, whether its peer picked the sample last time. Raises `ValueError`
-    for a rate outside 0–1 or when both classifiers are the same."""
+    """Co-teaching (Han et al., NeurIPS 2018): the first of two nets; as weights, whether its peer picked the sample last time. Raises
+    `ValueError` for a rate outside 0–1 or when both classifiers are the same."""
     rate, training = share_to_forget(task, forget_rate), task.training
     if adam_lr: training = replace(training, optimizer='adam', lr=adam_lr, weight_decay=0.)
     nets = two_classifiers(task)
@@ -457,8 +457,8 @@ def har(task,
     har_penalty:float=.1, # Factor on the penalty
     har_weight_decay:float=1e-4, # Weight decay of HAR's trainings, in the place of the others'
 ):
-    """Heteroskedastic adaptive regularisation (Cao et al., ICLR 2021), two trainings; without weights. Raises `ValueError` for a classifier without
-    batch normalisation."""
+    """Heteroskedastic adaptive regularisation (Cao et al., ICLR 2021), two trainings; without weights. Raises `ValueError` for a classifier
+    without batch normalisation."""
     training = replace(task.training, weight_decay=har_weight_decay)
     block_norms(task.make_model()) # refuses a classifier without any
     errors = held_out_errors(task, weight_decay=har_weight_decay)

@@ -19,7 +19,8 @@ def zero_mean(
     p:torch.Tensor, # Softmax probabilities `[n, C]`
     y:torch.Tensor, # Labels `[n]`
 )->torch.Tensor: # ω `[n, C]` with the target's entry replaced
-    "Replace the target's weight so that `ω∘(p − y)` has zero mean (GDW, Eq. 4): the mean of the others in the shares that they have of `1 − p_t`."
+    """Replace the target's weight so that `ω∘(p − y)` has zero mean (GDW, Eq. 4): the mean of the others, in the shares that they have
+    of `1 − p_t`."""
     target = torch.zeros_like(p, dtype=torch.bool).scatter_(1, y[:, None], True)
     others = p.masked_fill(target, 0)
     total = others.sum(1, keepdim=True)
@@ -57,7 +58,7 @@ class GDW(Weighting):
     def forward(self, batch:Batch)->torch.Tensor: return self.first(batch)
 
     def real_weights(self, batch:Batch, weights:torch.Tensor|None=None, meta_gradient:torch.Tensor|None=None)->torch.Tensor:
-        "Class-level weights `[n, C]`, from the first-stage weights of before the update; in a step without an update the first stage's `[n]`."
+        "Class-level weights `[n, C]`, from the first-stage weights of before the update; without an update the first stage's `[n]`."
         if meta_gradient is None: return self.first.real_weights(batch)
         new = second_stage(weights, batch.D*meta_gradient, self.outer_lr, self.clip)
         if self.zero_mean: new = zero_mean(new, batch.p, batch.y)

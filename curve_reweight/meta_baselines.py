@@ -87,7 +87,8 @@ class CMWNet(WeightNet):
         **kwargs, # See `WeightNet`
     ):
         super().__init__(**kwargs)
-        if amsgrad and self.how[0].lower() not in ('adam', 'adamw'): raise ValueError(f'amsgrad is a variant of adam and adamw, not of {self.how[0]}')
+        name = self.how[0]
+        if amsgrad and name.lower() not in ('adam', 'adamw'): raise ValueError(f'amsgrad is a variant of adam and adamw, not of {name}')
         groups, self.amsgrad = size_groups(y, n_classes, class_groups), amsgrad
         self.register_buffer('group', groups)
         self.net = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, int(groups.max()) + 1), nn.Sigmoid())

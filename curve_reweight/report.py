@@ -7,7 +7,7 @@ __all__ = ['accuracies', 'baseline', 'serves', 'cell_options', 'paper_names', 't
            'interval', 'full_part', 'variants', 'titled', 'paired_gain', 'mean_accuracy', 'cell_settings', 'cell_rows',
            'report', 'to_markdown', 'report_markdown', 'plot_report', 'write_report', 'notebook_pictures']
 
-# %% ../nbs/17_report.ipynb #b8dbf6b6
+# %% ../nbs/17_report.ipynb #ebdb9252
 import base64, io, json, re
 from dataclasses import fields
 from pathlib import Path
@@ -18,18 +18,18 @@ import pandas as pd
 from scipy import stats
 
 from .core import atomic_write, make_out_dir
-from .experiment import Setting
+from .setting import Setting, known_options, method_options
 from .published import published
-from .weighting import methods
+from .weighting import find_method, methods
 
 # %% ../nbs/17_report.ipynb #3e0f8a51
 _fixed = {f.name: f.default for f in fields(Setting) if f.name != 'options'} # Parameters of every run, with their defaults
 
-def _option_names(): return list(dict.fromkeys(name for m in methods.values() for name in m.options))
+def _option_names(): return list(known_options())
 
 def _own_defaults(option):
     "Method → default, for the methods that read an option"
-    return {key: m.options[option].default for key, m in methods.items() if option in m.options}
+    return {key: found.default for key, found in known_options().get(option, {}).items()}
 
 def _in_force(table):
     "The table with a column for every parameter, options at the value in force"
@@ -75,8 +75,9 @@ def _complete(table):
     table, what = (table, 'the table') if isinstance(table, pd.DataFrame) else (_read(table), table)
     missing = [c for c in _required if c not in table]
     if missing: raise ValueError(f'{what} is not a table of rows: it lacks {", ".join(missing)}')
-    unknown = [key for key in table.method.unique() if key not in methods]
-    if unknown: raise ValueError(f'{what} has rows of the unknown method {unknown[0]!r}; known: {", ".join(methods)}')
+    for key in table.method.unique():
+        try: find_method(key)
+        except ValueError as e: raise ValueError(f'{what} has rows of a method that is not known: {e}') from None
     numbers = dict.fromkeys(('noise_rate', 'imbalance_ratio', 'realised_noise_rate'), float) # None, of data as they came, becomes NaN
     return _in_force(table).astype(numbers)
 
@@ -111,7 +112,7 @@ def variants(
     "Names of the methods in rows; a variant's says in what it is not the default."
     names = rows.method.astype(object)
     for _, part in rows.groupby(['dataset', 'method']):
-        for option in (*_option_names(), 'drw'):
+        for option in _option_names():
             if part[option].astype(str).nunique() == 1: continue
             other = part[~_at_default(part, option)]
             names[other.index] += other[option].map(lambda value: _option_words(option, value)).astype(object)
@@ -127,7 +128,7 @@ def titled(
 )->str:
     "A method's or variant's name for titles and legends, from the table of methods."
     key, comma, options = name.partition(', ')
-    return methods[key].title + comma + options
+    return find_method(key).title + comma + options
 
 # %% ../nbs/17_report.ipynb #e6c15d70
 baseline = 'ce' # Method that gains are over, unless another one is named

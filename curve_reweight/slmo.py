@@ -167,7 +167,8 @@ class FaMUS(MWNet):
         **kwargs, # See `WeightNet`
     ):
         super().__init__(normalise_weights=normalise_weights, **kwargs)
-        self.gating = dict(open_layers=open_layers, gated_layers=gated_layers, gate_penalty=gate_penalty, gate_lr=gate_lr, matching=gradient_matching)
+        self.gating = dict(open_layers=open_layers, gated_layers=gated_layers, gate_penalty=gate_penalty, gate_lr=gate_lr,
+                           matching=gradient_matching)
         self.rate = torch.tensor(math.nan, dtype=torch.float64)
 
     def start_epoch(self, epoch:int, plan:Plan): self.rate.fill_(float(plan.lr[epoch]))
@@ -181,5 +182,5 @@ class FaMUS(MWNet):
 @method('famus', 'FaMUS', learns=True, virtual_step='plain')
 @delegates(FaMUS)
 def famus(task, **kwargs):
-    "Faster meta update strategy (Xu et al., CVPR 2021): Meta-Weight-Net through the layers that gates choose; without mixture, MixMatch and two nets."
+    "FaMUS (Xu et al., CVPR 2021): Meta-Weight-Net, taught through the layers that gates choose; without mixture, MixMatch and two nets."
     return FaMUS(**kwargs)
