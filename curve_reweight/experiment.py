@@ -152,6 +152,7 @@ def _run(s, source, model_fn, curves):
         rate = None if data.matrix is None else s.noise_rate
         task = Task(here, fresh, setting_training(s), setting_meta(s), curves, rate, saved, log)
         in_force = s.options_in_force()
+        seed_everything(s.seed)
         result = task.learn(s.method, **{name: in_force[name] for name in s.declared.options})
     trained = time.perf_counter()
     predictions = predict(result.model, here.test, precision=task.training.precision).cpu()

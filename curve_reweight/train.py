@@ -63,7 +63,7 @@ class Meta:
     "How a rule learns from the clean samples."
     meta_batch_size:int = 100 # Clean samples a step, m
     engine:str = 'jvp' # Meta gradient: jvp, finite_difference or double_backward
-    virtual_step:str = 'optimizer' # Virtual step: the optimizer's own (CurveNet's code), or plain SGD (Meta-Weight-Net)
+    virtual_step:str = None # Virtual step: the optimizer's own (CurveNet's code), or plain SGD (Meta-Weight-Net); None: the method's
     online:bool = False # Take the real step as the virtual one: one backward pass less
     meta_every:int = 1 # Steps from one update of the rule to the next; between them it is asked without an update
     skip_layers:int|str = 0 # SLMO: levels of the classifier that the meta gradient skips, or the path of the last module skipped
@@ -75,8 +75,8 @@ def check_meta(
     meta:Meta, # What was chosen
 ):
     "Raises `ValueError` for an unknown name, or for choices that do not go together."
-    for name, known in ('engine', engines), ('virtual_step', virtual_steps), ('skipped_mode', skipped_modes):
-        if getattr(meta, name) not in known: raise ValueError(f'unknown {name} {getattr(meta, name)!r}; known: {", ".join(known)}')
+    for name, known in ('engine', engines), ('virtual_step', (None, *virtual_steps)), ('skipped_mode', skipped_modes):
+        if getattr(meta, name) not in known: raise ValueError(f'unknown {name} {getattr(meta, name)!r}; known: {", ".join(k for k in known if k)}')
     for name in 'meta_every', 'meta_batch_size':
         if getattr(meta, name) < 1: raise ValueError(f'{name} is {getattr(meta, name)}, at least 1 is needed')
     title, own_step = getattr(rule, 'title', type(rule).__name__), getattr(rule, 'own_step', getattr(rule, 'virtual_step', None) is not None)
@@ -107,7 +107,7 @@ class Learner:
 
     def _prepare_meta(self):
         check_meta(self.rule, self.meta)
-        own, named = self.rule.virtual_step, virtual_steps[self.meta.virtual_step]
+        own, named = self.rule.virtual_step, virtual_steps[self.meta.virtual_step or 'optimizer']
         self.virtual_step = own or named
         if self.meta.online or own is None and named is optimizer_step: optimizer_step([], [], self.optimizer) # refuses one that it does not know
         self.rule_optimizer = self.rule.make_optimizer()
@@ -141,7 +141,9 @@ class Learner:
             batch = make_batch(index, forward.logits, y, scale)
             h_meta = skipped(self.bottom, x_meta, 'train' if self.meta.skipped_mode == 'train' else 'eval')
             meta_loss, weights = update_rule(self.rule, self.rule_optimizer, batch, partial(self._meta_gradient, forward, h_meta, y_meta))
-        if apart: return (*self.step(index, x, y, self.rule, None, scale)[:1], meta_loss, weights)
+        if apart:
+            loss, weights = self.step(index, x, y, self.rule, None, scale)
+            return loss, meta_loss, weights
         if not self.meta.online: take_step(self.optimizer, forward.logits, self.rule.real_gradient(batch, weights))
         return batch.loss.mean(), meta_loss, weights
 
@@ -305,8 +307,10 @@ class Task:
 
     def learn(self, name, **options):
         "Train with a method: a key of `methods`, `path/to/file.py:Name`, a class or a factory. Raises what `find_method` and `train` raise."
-        made = find_method(name).factory(self, **options)
-        return made if isinstance(made, TrainResult) else self.train(made)
+        method = find_method(name)
+        task = replace(self, meta=replace(self.meta, virtual_step=self.meta.virtual_step or method.virtual_step))
+        made = method.factory(task, **options)
+        return made if isinstance(made, TrainResult) else task.train(made)
 
 # %% ../nbs/10_train.ipynb #10bac904
 def only_clean(
@@ -314,8 +318,7 @@ def only_clean(
 )->BiasedData:
     "The data without its wrong labels: what an oracle would train on. Raises `ValueError` when nobody knows which are wrong."
     if not data.truth_known: raise ValueError('the oracle trains on the truly clean samples, and nobody knows which these are')
-    keep = ~data.noisy.cpu().numpy()
-    return replace(data, train=data.train.take(keep), true_labels=data.true_labels[keep], index_train=data.index_train[keep])
+    return data.take(~data.noisy)
 
 def repeated_meta(
     data:BiasedData, # Biased data
@@ -323,7 +326,7 @@ def repeated_meta(
     "The clean set in the place of the train set, repeated to its size. The rest is left as it is. Raises `ValueError` when there is none."
     if not len(data.meta.y): raise ValueError('there are no clean samples to train on')
     again = np.arange(len(data.train.y)) % len(data.meta.y)
-    return replace(data, train=data.meta.take(again), true_labels=data.meta.y[again])
+    return replace(data, train=data.meta.take(again), true_labels=data.meta.y[again], names=None, noise_rows=None)
 
 # %% ../nbs/10_train.ipynb #ee0f4108
 @method('ce', 'cross-entropy')
