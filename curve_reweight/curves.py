@@ -33,7 +33,8 @@ def dropped_epochs(
     "Epochs dropped at the start of a curve. Raises `ValueError` when nothing would be left."
     S = drop_epochs if drop_epochs >= 1 else min(math.ceil(drop_epochs*n_epochs - 1e-9), n_epochs - 1)
     if S == int(S) and 0 <= S < n_epochs: return int(S)
-    raise ValueError(f'drop_epochs is {drop_epochs:g}, but the probe has {n_epochs} epochs: at least one must stay, and from 1 on it is a whole number')
+    raise ValueError(f'drop_epochs is {drop_epochs:g}, but the probe has {n_epochs} epochs: at least one must stay, '
+                     'and from 1 on it is a whole number')
 
 # %% ../nbs/05_curves.ipynb #c87d6819
 class RelativeCurves(nn.Module):

@@ -34,14 +34,16 @@ def setting_data(
     setting:Setting, # The run
     source:Source|RealData|BiasedData|None=None, # Own data instead of `setting.dataset`: clean, to be biased; real; or biased already
 )->BiasedData:
-    "The biased data of a setting. Raises `ValueError` for anything out of range, and for noise or imbalance asked of data that bring their own."
+    """The biased data of a setting. Raises `ValueError` for anything out of range, and for noise or imbalance asked of data that bring
+    their own."""
     if source is None: source = load_source(setting.dataset, setting.data_root, crop=setting.crop)
     if isinstance(source, BiasedData): return source
     bias = {f.name: getattr(setting, f.name) for f in fields(BiasSetting)}
     for name in 'split_seed', 'map_seed', 'draw_seed': bias[name] = setting.seed if bias[name] is None else bias[name]
     if isinstance(source, Source): return make_biased(source, **bias)
     for name in 'noise_kind', 'noise_rate', 'imbalance_ratio':
-        if bias[name] != getattr(Setting, name): raise ValueError(f'{source.name} comes with labels of its own and is used as it is: leave {name} alone')
+        if bias[name] != getattr(Setting, name):
+            raise ValueError(f'{source.name} comes with labels of its own and is used as it is: leave {name} alone')
     return biased_from_real(source, meta_per_class=setting.meta_per_class, seed=bias['split_seed'])
 
 def setting_training(
@@ -101,7 +103,8 @@ def cached_probe(
 )->LossCurves:
     "The probe, from the cache when one of the same content is there."
     if not cache: return probe(make_model(), samples, plan, training, checkpoints)
-    read = [training.optimizer, training.momentum, training.nesterov, training.weight_decay, training.augment, training.precision, training.seed]
+    t = training
+    read = [t.optimizer, t.momentum, t.nesterov, t.weight_decay, t.augment, t.precision, t.seed]
     device = next(iter(make_model().parameters())).device.type
     path = Path(cache)/f'probe-{fingerprint(samples, make_model(), plan, read, device, torch.__version__)}.npz'
     if path.exists(): return LossCurves.load(path)
@@ -118,7 +121,8 @@ def needed_probe(
     curves:LossCurves|None=None, # A probe made before
     checkpoints:Checkpoints|None=None, # See `probe`
 )->tuple: # The data, and `LossCurves` or None
-    "The probe, where the method reads curves or lacks clean samples; in the latter case, the data with the samples of lowest loss in their place."
+    """The probe, where the method reads curves or lacks clean samples; in the latter case, the data with the samples of lowest loss in
+    their place."""
     s, method, lacking = setting, setting.declared, not len(data.meta.y)
     if not (method.needs_curves or lacking and (method.learns or method.needs_clean)): return data, None
     if curves is None:

@@ -138,7 +138,8 @@ class Training:
     def optimizer_of(self, model):
         "An optimiser for a classifier, which is brought into the layout. Raises `ValueError` for an unknown name."
         params = self.precision.prepare(model).parameters()
-        return make_optimizer(self.optimizer, params, self.lr, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
+        options = dict(momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
+        return make_optimizer(self.optimizer, params, self.lr, **options)
 
 # %% ../nbs/03a_loop.ipynb #c2b7a655
 @torch.no_grad()
@@ -184,7 +185,8 @@ def check_finite(
     bad = ~losses.isfinite()
     if bad.any():
         batch = int(bad.int().argmax())
-        raise FloatingPointError(f'the {what} became {losses[batch].item()} in epoch {epoch}, batch {batch}, at learning rate {lr:g}: try a smaller one')
+        where = f'in epoch {epoch}, batch {batch}, at learning rate {lr:g}'
+        raise FloatingPointError(f'the {what} became {losses[batch].item()} {where}: try a smaller one')
 
 # %% ../nbs/03a_loop.ipynb #59b179a0
 class Memory(dict):

@@ -230,7 +230,8 @@ def _unknown_step(setting):
 def _check_setting(s):
     "Refuse what no run can be"
     for name, known in choices.items():
-        if getattr(s, name) not in known: raise ValueError(f'unknown {name} {getattr(s, name)!r}; known: {", ".join(k for k in known if k)}')
+        value = getattr(s, name)
+        if value not in known: raise ValueError(f'unknown {name} {value!r}; known: {", ".join(k for k in known if k)}')
     for name in 'epochs', 'probe_epochs', 'lr', 'probe_lr', 'low_loss_per_class':
         if not getattr(s, name) > 0: raise ValueError(f'{name} is {getattr(s, name)}, it must be above 0')
     for name in 'batch_size', 'wave_batch_size':

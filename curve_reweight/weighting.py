@@ -80,8 +80,8 @@ class Weighting(nn.Module):
         return apply_weights(weights, batch.D)
 
     def real_weights(self, batch:Batch, weights:torch.Tensor|None=None, meta_gradient:torch.Tensor|None=None)->torch.Tensor:
-        """Weights of the real step. After an update: given the virtual step's weights, those of before the update, and the meta loss's gradient by its
-        logit gradient `[n, C]`; in a step without one, neither is given."""
+        """Weights of the real step. After an update: given the virtual step's weights, those of before the update, and the meta
+        loss's gradient by its logit gradient `[n, C]`; in a step without one, neither is given."""
         return self(batch)
 
     def real_gradient(self, batch:Batch, weights:torch.Tensor)->torch.Tensor:
