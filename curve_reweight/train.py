@@ -76,15 +76,18 @@ def check_meta(
 ):
     "Raises `ValueError` for an unknown name, or for choices that do not go together."
     for name, known in ('engine', engines), ('virtual_step', (None, *virtual_steps)), ('skipped_mode', skipped_modes):
-        if getattr(meta, name) not in known: raise ValueError(f'unknown {name} {getattr(meta, name)!r}; known: {", ".join(k for k in known if k)}')
+        value = getattr(meta, name)
+        if value not in known: raise ValueError(f'unknown {name} {value!r}; known: {", ".join(k for k in known if k)}')
     for name in 'meta_every', 'meta_batch_size':
         if getattr(meta, name) < 1: raise ValueError(f'{name} is {getattr(meta, name)}, at least 1 is needed')
-    title, own_step = getattr(rule, 'title', type(rule).__name__), getattr(rule, 'own_step', getattr(rule, 'virtual_step', None) is not None)
+    title = getattr(rule, 'title', type(rule).__name__)
+    own_step = getattr(rule, 'own_step', getattr(rule, 'virtual_step', None) is not None)
     if meta.online and meta.engine == 'double_backward':
         raise ValueError('online training takes the tangent after the step: choose the engine jvp or finite_difference')
     if (meta.online or meta.meta_every > 1) and getattr(rule, 'looks_ahead', False):
         raise ValueError(f'{title} takes the weights of every real step from the meta gradient: it needs online=False and meta_every=1')
-    if meta.online and own_step: raise ValueError(f'{title} has a virtual step of its own, which online training has not: it needs online=False')
+    if meta.online and own_step:
+        raise ValueError(f'{title} has a virtual step of its own, which online training has not: it needs online=False')
     if meta.skip_layers and meta.skipped_mode == 'eval' and (meta.online or getattr(rule, 'looks_ahead', False)):
         raise ValueError("skipped_mode 'eval' takes a virtual pass apart from the real one, but here both are one: choose shared")
 
@@ -109,7 +112,8 @@ class Learner:
         check_meta(self.rule, self.meta)
         own, named = self.rule.virtual_step, virtual_steps[self.meta.virtual_step or 'optimizer']
         self.virtual_step = own or named
-        if self.meta.online or own is None and named is optimizer_step: optimizer_step([], [], self.optimizer) # refuses one that it does not know
+        if self.meta.online or own is None and named is optimizer_step:
+            optimizer_step([], [], self.optimizer) # refuses one that it does not know
         self.rule_optimizer = self.rule.make_optimizer()
         self.bottom, self.top = split_model(self.model, self.meta.skip_layers)
         self.gates = self.rule.make_gates(self.top)
@@ -121,8 +125,9 @@ class Learner:
         return {name: part for name, part in parts.items() if part is not None}
 
     def step(self, index, x, y, rule=None, weights=None, scale=None):
-        """One step without an update of the rule (CurveNet, Eq. 12) on samples at `index` `[n]` with inputs `x` `[n, ...]` and labels `y` `[n]`: with the weights
-        given `[n]` or `[n, C]`, or the rule's own; `scale` `[n]` is a fixed factor of each loss. Mean loss, unweighted, and the weights."""
+        """One step without an update of the rule (CurveNet, Eq. 12) on samples at `index` `[n]` with inputs `x` `[n, ...]` and labels
+        `y` `[n]`: with the weights given `[n]` or `[n, C]`, or the rule's own; `scale` `[n]` is a fixed factor of each loss. Gives the
+        mean loss, unweighted, and the weights."""
         with self.precision.autocast(y.device): logits = self.whole(x)
         batch = make_batch(index, logits, y, scale)
         with torch.no_grad():
@@ -132,8 +137,8 @@ class Learner:
         return batch.loss.mean(), weights
 
     def meta_step(self, index, x, y, x_meta, y_meta, scale=None):
-        """One step of rule and classifier together (MW-Net, Algorithm 1; CurveNet, Eqs. 11–12), with clean inputs and labels `[m]`. Mean loss, meta loss
-        and new weights `[n]` or `[n, C]`."""
+        """One step of rule and classifier together (MW-Net, Algorithm 1; CurveNet, Eqs. 11–12), with clean inputs and labels `[m]`.
+        Gives the mean loss, the meta loss and new weights `[n]` or `[n, C]`."""
         apart = self.meta.skip_layers and self.meta.skipped_mode == 'eval'
         with self.precision.autocast(y.device):
             h = skipped(self.bottom, x, 'eval') if apart else self.bottom(x)
@@ -192,7 +197,7 @@ class TrainResult:
     "What training leaves behind."
     model: torch.nn.Module # Trained
     rule: Weighting|None # Trained
-    weights: torch.Tensor|None # Last weight of every train sample `[N]` (of its label, for class-level weights), on the CPU; None without a rule
+    weights: torch.Tensor|None # Last weight of every train sample (of its label, for class-level weights) `[N]`, on the CPU; or None
     class_weights: torch.Tensor|None # Last class-level weights `[N, C]`, on the CPU; None for other rules
     history: pd.DataFrame # One row an epoch: `epoch, lr, loss, meta_loss, test_acc` (accuracy in %, NaN where there is no meta loss)
 
@@ -253,7 +258,8 @@ def _steps(learner, data, training, plan, kept):
     def begin(epoch, losses):
         if rule is not None: rule.start_epoch(epoch, plan)
         now.learning, now.taken = rule is not None and rule.learns(epoch, plan), len(losses.get('loss', ()))
-        if now.learning and rule.needs_meta: now.meta_batches = _meta_batches(data.meta, meta, training, epoch, len(losses.get('meta_loss', ())))
+        if now.learning and rule.needs_meta:
+            now.meta_batches = _meta_batches(data.meta, meta, training, epoch, len(losses.get('meta_loss', ())))
 
     def step(epoch, index, x, y):
         scale = balance[index] if training.drw and epoch >= round(training.drw_start*len(plan.lr)) else None
@@ -289,11 +295,13 @@ class Task:
     after_epoch: object = None # See `train`
 
     def train(self, rule=None, data=None, model=None, stage='train', log=True, **changes):
-        "Train a classifier (None: a fresh one) with a rule, with `changes` of the training; a stage of several has a name, and may be kept out of the log."
+        """Train a classifier (None: a fresh one) with a rule, with `changes` of the training; a stage of several has a name, and may be
+        kept out of the log."""
         data, training = self.data if data is None else data, replace(self.training, **changes)
         model = self.make_model() if model is None else model
         if rule is not None: rule = rule.to(data.train.y.device)
-        return train(model, data, rule, training, self.meta, self.saved(stage), self.log if log else None, self.after_epoch if log else None)
+        watch = (self.log, self.after_epoch) if log else ()
+        return train(model, data, rule, training, self.meta, self.saved(stage), *watch)
 
     def run_epochs(self, step, learned, stage='train', plan=None, **options):
         "Train in a way of one's own: `loop.run_epochs` on the train set, with the accuracies of `learned['model']`."
@@ -306,7 +314,7 @@ class Task:
         return self.checkpoints(stage) if self.checkpoints else None
 
     def learn(self, name, **options):
-        "Train with a method: a key of `methods`, `path/to/file.py:Name`, a class or a factory. Raises what `find_method` and `train` raise."
+        "Train with a method: a key of `methods`, `path/to/file.py:Name`, a class or a factory. Raises what they and `train` raise."
         method = find_method(name)
         task = replace(self, meta=replace(self.meta, virtual_step=self.meta.virtual_step or method.virtual_step))
         made = method.factory(task, **options)
