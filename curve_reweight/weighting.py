@@ -262,7 +262,7 @@ class CurveNet(WeightNet):
         embedding:int=64, # P
         hidden:int=128, # Width of the first layers
         start_bias:float=4.5, # Last bias at the start; 4.5 starts at weights near 1, 0 near one half
-        weight_net_init:str='torch', # Start of the other parameters: `'torch'`'s own, or `'xavier'` with biases of zero
+        weight_net_init:str='xavier', # Start of the other parameters: `'xavier'` with biases of zero, or `'torch'`'s own
         **kwargs, # See `WeightNet`
     ):
         super().__init__(**kwargs)
@@ -308,7 +308,7 @@ def curvenet(task,
     curve_std:bool=False, # Divide curves by the standard deviation of the class
     embedding:int=64, # Size of the label's embedding, P
     start_bias:float=0., # Last bias at the start: 0 starts at weights of one half, 4.5 (the released code) near 1
-    weight_net_init:str='torch', # Start of the weight net: torch, or xavier (the released code)
+    weight_net_init:str='xavier', # Start of the weight net: xavier (the released code), or torch
     **kwargs,
 ):
     "CurveNet (Jiang et al., AAAI 2022): a weight from the loss curve and the label."
