@@ -7,7 +7,7 @@ __all__ = ['update_rule', 'take_step', 'Meta', 'check_meta', 'Learner', 'class_b
            'make_result', 'held_out_accuracies', 'train', 'Task', 'only_clean', 'repeated_meta', 'ce', 'oracle',
            'meta_only']
 
-# %% ../nbs/10_train.ipynb #8d55be30
+# %% ../nbs/10_train.ipynb #86c37408
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from .core import Checkpoints, batches, rng
 from .corruption import BiasedData
@@ -124,38 +125,55 @@ class Learner:
                  'gates': self.gates, 'gates_optimizer': getattr(self.gates, 'optimizer', None)}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def step(self, index, x, y, rule=None, weights=None, scale=None):
-        """One step without an update of the rule (CurveNet, Eq. 12) on samples at `index` `[n]` with inputs `x` `[n, ...]` and labels
-        `y` `[n]`: with the weights given `[n]` or `[n, C]`, or the rule's own; `scale` `[n]` is a fixed factor of each loss. Gives the
-        mean loss, unweighted, and the weights."""
-        with self.precision.autocast(y.device): logits = self.whole(x)
-        batch = make_batch(index, logits, y, scale)
-        with torch.no_grad():
-            if rule is not None and weights is None: weights = rule.real_weights(batch)
-            D = batch.D if rule is None else rule.real_gradient(batch, weights)
-        take_step(self.optimizer, logits, D)
-        return batch.loss.mean(), weights
+# %% ../nbs/10_train.ipynb #387a8a4d
+@patch
+def step(self:Learner,
+    index:torch.Tensor, # Positions in the train set `[n]`
+    x:torch.Tensor, # Inputs `[n, ...]`
+    y:torch.Tensor, # Labels `[n]`
+    rule:Weighting|None=None, # None: plain cross-entropy
+    weights:torch.Tensor|None=None, # Given weights `[n]` or `[n, C]`; None: the rule's own
+    scale:torch.Tensor|None=None, # Fixed factor of each sample's loss `[n]`, see `class_balanced`
+)->tuple: # Mean loss, unweighted, and the weights
+    "One step without an update of the rule (CurveNet, Eq. 12)."
+    with self.precision.autocast(y.device): logits = self.whole(x)
+    batch = make_batch(index, logits, y, scale)
+    with torch.no_grad():
+        if rule is not None and weights is None: weights = rule.real_weights(batch)
+        D = batch.D if rule is None else rule.real_gradient(batch, weights)
+    take_step(self.optimizer, logits, D)
+    return batch.loss.mean(), weights
 
-    def meta_step(self, index, x, y, x_meta, y_meta, scale=None):
-        """One step of rule and classifier together (MW-Net, Algorithm 1; CurveNet, Eqs. 11–12), with clean inputs and labels `[m]`.
-        Gives the mean loss, the meta loss and new weights `[n]` or `[n, C]`."""
-        apart = self.meta.skip_layers and self.meta.skipped_mode == 'eval'
-        with self.precision.autocast(y.device):
-            h = skipped(self.bottom, x, 'eval') if apart else self.bottom(x)
-            with _buffers_kept(self.top if apart else None): forward = forward_pass(self.learner, h, self.meta.engine, self.meta.online)
-            batch = make_batch(index, forward.logits, y, scale)
-            h_meta = skipped(self.bottom, x_meta, 'train' if self.meta.skipped_mode == 'train' else 'eval')
-            meta_loss, weights = update_rule(self.rule, self.rule_optimizer, batch, partial(self._meta_gradient, forward, h_meta, y_meta))
-        if apart:
-            loss, weights = self.step(index, x, y, self.rule, None, scale)
-            return loss, meta_loss, weights
-        if not self.meta.online: take_step(self.optimizer, forward.logits, self.rule.real_gradient(batch, weights))
-        return batch.loss.mean(), meta_loss, weights
+# %% ../nbs/10_train.ipynb #e3fc6a69
+@patch
+def meta_step(self:Learner,
+    index:torch.Tensor, # Positions in the train set `[n]`
+    x:torch.Tensor, # Inputs `[n, ...]`
+    y:torch.Tensor, # Labels `[n]`
+    x_meta:torch.Tensor, # Clean inputs `[m, ...]`
+    y_meta:torch.Tensor, # Clean labels `[m]`
+    scale:torch.Tensor|None=None, # Fixed factor of each sample's loss `[n]`, see `class_balanced`
+)->tuple: # Mean loss, meta loss, new weights `[n]` or `[n, C]`
+    "One step of rule and classifier together (MW-Net, Algorithm 1; CurveNet, Eqs. 11–12)."
+    apart = self.meta.skip_layers and self.meta.skipped_mode == 'eval'
+    with self.precision.autocast(y.device):
+        h = skipped(self.bottom, x, 'eval') if apart else self.bottom(x)
+        with _buffers_kept(self.top if apart else None): forward = forward_pass(self.learner, h, self.meta.engine, self.meta.online)
+        batch = make_batch(index, forward.logits, y, scale)
+        h_meta = skipped(self.bottom, x_meta, 'train' if self.meta.skipped_mode == 'train' else 'eval')
+        meta_gradient_of = partial(self._meta_gradient, forward, h_meta, y_meta)
+        meta_loss, weights = update_rule(self.rule, self.rule_optimizer, batch, meta_gradient_of)
+    if apart:
+        loss, weights = self.step(index, x, y, self.rule, None, scale)
+        return loss, meta_loss, weights
+    if not self.meta.online: take_step(self.optimizer, forward.logits, self.rule.real_gradient(batch, weights))
+    return batch.loss.mean(), meta_loss, weights
 
-    def _meta_gradient(self, forward, x_meta, y_meta, weighted):
-        how = dict(engine=self.meta.engine, gates=self.gates)
-        if self.meta.online: return step_and_meta_gradient(forward, self.optimizer, weighted, x_meta, y_meta, **how)
-        return meta_gradient(forward, self.optimizer, weighted, x_meta, y_meta, self.virtual_step, **how)
+@patch
+def _meta_gradient(self:Learner, forward, x_meta, y_meta, weighted):
+    how = dict(engine=self.meta.engine, gates=self.gates)
+    if self.meta.online: return step_and_meta_gradient(forward, self.optimizer, weighted, x_meta, y_meta, **how)
+    return meta_gradient(forward, self.optimizer, weighted, x_meta, y_meta, self.virtual_step, **how)
 
 # %% ../nbs/10_train.ipynb #8c28064a
 @contextmanager

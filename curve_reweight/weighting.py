@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['methods', 'logit_gradient', 'apply_weights', 'Batch', 'make_batch', 'Weighting', 'Option', 'Method', 'method',
-           'find_method', 'mean_one', 'WeightNet', 'MWNet', 'mwnet', 'CurveNet', 'weight_net_starts', 'curvenet']
+           'find_method', 'mean_one', 'WeightNet', 'MWNet', 'mwnet', 'CurveNet', 'curvenet']
 
 # %% ../nbs/06_weighting.ipynb #be186563
 import importlib.util, inspect
@@ -272,7 +272,8 @@ class CurveNet(WeightNet):
                                   nn.Linear(hidden, embedding), nn.ReLU())
         self.label = nn.Embedding(n_classes, embedding)
         self.judge = nn.Sequential(nn.Linear(embedding, hidden), nn.ReLU(), nn.Linear(hidden, 64), nn.ReLU(), nn.Linear(64, 1))
-        weight_net_starts(weight_net_init)(self)
+        _check_start(weight_net_init)
+        _starts[weight_net_init](self)
         nn.init.constant_(self.judge[-1].bias, start_bias)
 
     def weigh(self,
@@ -293,12 +294,8 @@ def _xavier(net):
 
 _starts = {'torch': lambda net: None, 'xavier': _xavier}
 
-def weight_net_starts(
-    name:str, # `'torch'` or `'xavier'`
-): # Function that fills a net in place
-    "How the parameters of a weight net start. Raises `ValueError` for an unknown name."
+def _check_start(name):
     if name not in _starts: raise ValueError(f'unknown weight_net_init {name!r}; known: {", ".join(_starts)}')
-    return _starts[name]
 
 # %% ../nbs/06_weighting.ipynb #53924fc1
 @method('curvenet', 'CurveNet', learns=True, needs_curves=True)
