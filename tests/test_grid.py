@@ -107,6 +107,7 @@ def test_every_grid_that_is_there_can_be_run(root):
         assert set(Counter(block for block, _ in runs)) == set(yaml.safe_load(head).get('blocks', {runs[0][0]})), f'{path}: an empty block'
 
 
+@pytest.mark.slow
 def test_skipped_changed_parameter_changed_code(tmp_path, notebook, monkeypatch):
     runs, how = tmp_path/'runs', dict(notebook=notebook(), workers=2)
     def blocks(name): return small(blocks={name: {}})
@@ -258,6 +259,7 @@ def test_submitit(tmp_path, notebook):
     assert grid.run_grid(small(seeds=1), tmp_path, slurm=slurm, **how).status.tolist() == ['done'] and len(rows(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_dask(tmp_path, notebook):
     distributed = pytest.importorskip('distributed')
     how = dict(n_workers=2, threads_per_worker=1, dashboard_address=None, processes=False)

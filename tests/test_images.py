@@ -39,6 +39,7 @@ def jpegs(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_resnet32_on_jpegs_from_end_to_end(jpegs, tmp_path):
     done = run(Setting(**few, drop_epochs=0, data_root=str(jpegs), out_dir=str(tmp_path), probe_cache=str(tmp_path/'cache')))
     assert done.row['dataset'] == 'cifar10_jpeg' and done.row['n_test'] == 100 and 100 < done.row['n_train'] < 180
@@ -100,6 +101,7 @@ def test_compiled_meta_gradient_with_dropout_and_batch_norm(engine):
     for a, b in zip(ours, gradients(model)): assert (a - b).norm() < (1e-10 if engine == 'jvp' else 1e-4)*b.norm()
 
 
+@pytest.mark.slow
 def test_a_million_curves_are_held_once():
     "300 epochs of 200,000 samples, normalised, weighed and written, take little more than their 240 MB (a million: 1.2 GB)"
     code = r'''

@@ -75,6 +75,7 @@ class Trust(Weighting):
 '''
 
 
+@pytest.mark.slow
 def test_a_rule_of_ones_own_is_one_file(root, tmp_path):
     "Run by name and with its option from the command line, by papermill and in a grid; nothing else is written"
     (tmp_path/'mine.py').write_text(own_rule)
@@ -114,6 +115,7 @@ def test_import_needs_no_notebook_packages_and_little_time():
     assert 'torch' not in done.stderr  # heavy parts wait until they are used
 
 
+@pytest.mark.slow
 def test_papermill_command_writes_its_files(root, tmp_path):
     done = python('-m', 'papermill', str(root/'nbs'/'20_run_setting.ipynb'), str(tmp_path/'n.ipynb'), '-p', 'epochs', '3', '-p', 'probe_epochs', '6',
                   '-p', 'method', 'mwnet', '-p', 'out_dir', str(tmp_path), cwd=tmp_path)
