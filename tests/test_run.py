@@ -33,6 +33,7 @@ def run_notebook(root, folder, **params):
     return out
 
 
+@pytest.mark.slow
 def test_same_row_from_notebook_command_and_python(root, tmp_path):
     run_notebook(root, tmp_path, **small, out_dir=str(tmp_path/'notebook'))
     done = python('-m', 'curve_reweight', '--epochs', '4', '--probe_epochs', '10', '--out_dir', str(tmp_path/'command'))
@@ -43,6 +44,7 @@ def test_same_row_from_notebook_command_and_python(root, tmp_path):
     assert facts(rows[0]) == facts(rows[1]) == json.loads(json.dumps(facts(here)))
 
 
+@pytest.mark.slow
 def test_notebook_refuses_an_unknown_parameter(root, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'epoch', did you mean 'epochs'?"):
         run_notebook(root, tmp_path, epoch=3)
@@ -95,6 +97,7 @@ def test_a_rule_of_ones_own_is_one_file(root, tmp_path):
     assert done.returncode == 2 and 'unrecognized arguments: --pover' in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('words, message', [
     (['--noise_rate', '1.4'], 'noise_rate is 1.4'), (['--imbalance_ratio', '0.1'], 'write 10'), (['--noise_kind', 'x'], 'known: uniform'),
     (['--epochs', 'many'], "epochs is 'many', wanted int"), (['--epoch_count', '3'], 'unrecognized arguments'),
