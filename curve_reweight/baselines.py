@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['focal_factor', 'Focal', 'focal', 'ClassBalanced', 'class_balanced_loss', 'LDAM', 'CosineLinear', 'normalised_head',
            'ldam_drw', 'Relabelling', 'ReedHard', 'reed_hard', 'share_to_forget', 'SelfPaced', 'self_paced',
-           'o2u_weights', 'FixedWeights', 'o2u', 'check_clean', 'meta_as_train', 'fine_tuning', 'corruption_matrix',
-           'LossCorrection', 'with_meta', 'glc', 'small_losses', 'co_teaching', 'two_classifiers', 'har_strengths',
-           'held_out_errors', 'block_norms', 'har_loss', 'har']
+           'o2u_weights', 'FixedWeights', 'o2u', 'ceiling', 'check_clean', 'meta_as_train', 'without_meta',
+           'early_stopped', 'fine_tuning', 'corruption_matrix', 'LossCorrection', 'glc', 'small_losses', 'co_teaching',
+           'two_classifiers', 'har_strengths', 'held_out_errors', 'block_norms', 'har_loss', 'har']
 
-# %% ../nbs/11a_baselines.ipynb #d69c8c14
+# %% ../nbs/11a_baselines.ipynb #6e9051ee
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -21,11 +22,11 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .core import rng
-from .corruption import BiasedData
+from .corruption import BiasedData, with_meta
 from .data import Samples
-from .loop import Plan, predict, probabilities
+from .loop import Memory, Plan, accuracy, predict, probabilities
 from .probe import LossCurves
-from .train import TrainResult, class_balanced, make_result, take_step
+from .train import Learner, TrainResult, class_balanced, make_result, take_step
 from .weighting import Batch, Weighting, apply_weights, logit_gradient, method
 
 # %% ../nbs/11a_baselines.ipynb #25b451e3
@@ -265,6 +266,19 @@ def o2u(task,
     "O2U-Net (Huang et al., ICCV 2019): drop the samples of largest loss in the probe."
     return FixedWeights(o2u_weights(task.curves, share_to_forget(task, forget_rate)))
 
+# %% ../nbs/11a_baselines.ipynb #cdc203d5
+@method('ceiling', 'ceiling (all labels right)')
+def ceiling(task,
+    beta:float=.9999, # Effective number of samples of a class: β; 0 counts all classes alike
+):
+    """Class-balanced training on the true labels of all samples, the clean ones too; without weights. Raises `ValueError` when nobody knows
+    the true labels."""
+    if not task.data.truth_known: raise ValueError('the ceiling trains on the true labels, and nobody knows which these are')
+    both = with_meta(task.data)
+    true = replace(both, train=both.train._replace(y=both.true_labels))
+    result = task.train(ClassBalanced(both.true_labels, both.n_classes, beta), data=true)
+    return replace(result, weights=None)
+
 # %% ../nbs/11a_baselines.ipynb #38605b1d
 def check_clean(
     data:BiasedData, # The data
@@ -280,6 +294,31 @@ def meta_as_train(
     none = np.arange(0)
     return replace(data, train=data.meta, true_labels=data.meta.y, index_train=data.index_meta, meta=data.meta.take(none), index_meta=none,
                    names=None, noise_rows=None)
+
+# %% ../nbs/11a_baselines.ipynb #7d9fda2d
+def without_meta(
+    data:BiasedData, # Biased data
+)->BiasedData:
+    "The data without the clean samples in the train set, where `with_meta` put them there."
+    return data.take(~data.from_meta) if data.from_meta.any() else data
+
+# %% ../nbs/11a_baselines.ipynb #a61b7c5b
+@method('early_stopped', 'early stopping', needs_clean=True, own_loop=True)
+def early_stopped(task):
+    """Plain training, and of all its epochs the classifier that is best on the clean samples; the history tells of the best so far. Raises
+    `ValueError` without a meta set."""
+    check_clean(task.data, 'early stopping')
+    task = replace(task, data=without_meta(task.data))
+    net, clean, precision = task.make_model(), task.data.meta, task.training.precision
+    learner, best = Learner(net, None, task.training), copy.deepcopy(net)
+    kept = Memory(clean.y.device, accuracy=torch.tensor(-1., device=clean.y.device))
+    def step(epoch, index, x, y): return {'loss': learner.step(index, x, y)[0]}
+    def keep_best(epoch):
+        found = accuracy(net, clean, precision)
+        if found <= kept['accuracy']: return
+        kept['accuracy'].fill_(found); best.load_state_dict(net.state_dict())
+    learned = {'model': best, 'trained': net, 'optimizer': learner.optimizer, 'kept': kept}
+    return make_result(best, task.run_epochs(step, learned, before_end=keep_best))
 
 # %% ../nbs/11a_baselines.ipynb #f060a27a
 @method('fine_tuning', 'fine-tuning', needs_clean=True)
@@ -322,19 +361,7 @@ class LossCorrection(Relabelling):
         posterior = joint/joint.sum(1, keepdim=True).clamp_min(1e-30)
         return torch.where((batch.index < self.n_noisy)[:, None], posterior, F.one_hot(batch.y, batch.p.shape[1]))
 
-# %% ../nbs/11a_baselines.ipynb #9ec9ef75
-def with_meta(
-    data:BiasedData, # Biased data
-)->BiasedData:
-    "Train set and, behind it, meta set as one train set, and no meta set."
-    a, b, none = data.train.x, data.meta.x, np.arange(0)
-    if hasattr(a, 'pixels'): x = replace(a, pixels=torch.cat([a.pixels, b.pixels]))
-    elif hasattr(a, 'paths'): x = replace(a, paths=np.concatenate([a.paths, b.paths]))
-    else: x = torch.cat([a, b])
-    return replace(data, train=Samples(x, torch.cat([data.train.y, data.meta.y])), true_labels=torch.cat([data.true_labels, data.meta.y]),
-                   index_train=np.concatenate([data.index_train, data.index_meta]), meta=data.meta.take(none), index_meta=none,
-                   names=None, noise_rows=None)
-
+# %% ../nbs/11a_baselines.ipynb #8cdebcba
 @method('glc', 'GLC', needs_clean=True)
 def glc(task):
     """Gold loss correction (Hendrycks et al., NeurIPS 2018), two trainings; the history is the second's, the weights are the belief in each
@@ -342,9 +369,10 @@ def glc(task):
     check_clean(task.data, 'GLC')
     N, clean = len(task.data.train.y), task.data.meta
     corruption_matrix(F.one_hot(clean.y, task.data.n_classes).float(), clean.y) # refuses a class without clean samples before work starts
-    first = task.train(stage='train_first', log=False).model
+    noisy, both = without_meta(task.data), with_meta(task.data)
+    first = task.train(data=noisy, stage='train_first', log=False).model
     matrix = corruption_matrix(probabilities(first, clean, precision=task.training.precision), clean.y)
-    result = task.train(LossCorrection(matrix, N), data=with_meta(task.data))
+    result = task.train(LossCorrection(matrix, len(noisy.train.y)), data=both)
     return replace(result, weights=result.weights[:N], class_weights=result.class_weights[:N])
 
 # %% ../nbs/11a_baselines.ipynb #cb7af6d4

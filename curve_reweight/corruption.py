@@ -8,7 +8,7 @@ __all__ = ['imbalance_profiles', 'imbalance_orders', 'noise_kinds', 'exponential
            'uniform_other_noise', 'prior_noise', 'random_targets', 'flip_noise', 'flip2_noise', 'pair_noise',
            'check_map', 'asymmetric_noise', 'hierarchical_noise', 'check_matrix', 'check_probabilities', 'matrix_noise',
            'sample_rates', 'instance_noise', 'noise_distribution', 'depends_on_sample', 'check_noise', 'corrupt_labels',
-           'draw_labels', 'split_meta', 'BiasedData', 'bias_report', 'make_biased', 'biased_from_samples',
+           'draw_labels', 'split_meta', 'BiasedData', 'bias_report', 'make_biased', 'with_meta', 'biased_from_samples',
            'biased_from_real']
 
 # %% ../nbs/02_corruption.ipynb #f4afa57e
@@ -362,14 +362,15 @@ def split_meta(
     n_classes:int, # Number of classes
     meta_per_class:int, # Clean samples per class
     seed:int=0, # Draws them
+    name:str='meta', # What they are for, `'meta'` or `'val'`
 )->tuple: # Positions of the meta set, positions of the rest; both sorted
-    "Draw a balanced meta set. Raises `ValueError` when a class has too few samples."
-    if meta_per_class < 1: raise ValueError(f'meta_per_class is {meta_per_class}, at least 1 is needed')
+    "Draw a balanced set. Raises `ValueError` when a class has too few samples."
+    if meta_per_class < 1: raise ValueError(f'{name}_per_class is {meta_per_class}, at least 1 is needed')
     have = np.bincount(labels, minlength=n_classes)
     if (have < meta_per_class).any():
         c = int(have.argmin())
-        raise ValueError(f'class {c} has {have[c]} samples, fewer than meta_per_class = {meta_per_class}')
-    draw = rng(seed, 'meta')
+        raise ValueError(f'class {c} has {have[c]} samples, fewer than {name}_per_class = {meta_per_class}')
+    draw = rng(seed, name)
     meta = [draw.choice(np.flatnonzero(labels == c), meta_per_class, replace=False) for c in range(n_classes)]
     meta = np.sort(np.concatenate(meta))
     return meta, np.setdiff1d(np.arange(len(labels)), meta)
@@ -392,15 +393,16 @@ class BiasedData:
     val: Samples|None=None # Clean, to choose settings and epochs by, where the data set has such a part
     noise_rows: np.ndarray|None=None # Probabilities `[N, C]` that each label was drawn from; None: row `matrix[true label]`
 
-    def __post_init__(self):
-        assert np.intersect1d(self.index_train, self.index_meta).size == 0, 'train and meta set overlap'
-
     @property
     def n_classes(self): return len(self.classes)
     @property
     def noisy(self):
         "Which train labels are wrong `[N]`, bool."
         return self.train.y != self.true_labels
+    @property
+    def from_meta(self):
+        "Which train samples are those of the meta set `[N]`, bool; see `with_meta`."
+        return np.isin(self.index_train, self.index_meta)
     @property
     def realised_noise_rate(self):
         "Share of wrong labels in the train set; None when nobody knows."
@@ -442,6 +444,7 @@ def make_biased(
     imbalance_profile:str='exponential', # A key of `imbalance_profiles`
     imbalance_order:str='as_is', # A key of `imbalance_orders`
     meta_per_class:int=10, # Clean samples per class; 0: no meta set
+    val_per_class:int=0, # Further clean samples per class, set apart before all else, to choose settings by
     bias_order:str='meta-imbalance-noise', # The three steps in any order
     exact_noise:bool=False, # Exact counts of wrong labels
     noise_map:dict|None=None, # Class → class, for `asymmetric`; None: the source's own
@@ -454,7 +457,8 @@ def make_biased(
     "Bias a source. Raises `ValueError` with one sentence for anything out of range."
     check_noise(noise_kind, exact_noise, noise_map=noise_map, noise_matrix=noise_matrix, noise_rows=noise_rows)
     C, true = source.n_classes, source.pool.y.numpy()
-    observed, stay, meta = true.copy(), np.arange(len(true)), np.arange(0)
+    observed, stay, meta, val = true.copy(), np.arange(len(true)), np.arange(0), None
+    if val_per_class: val, stay = split_meta(true, C, val_per_class, split_seed, 'val')
     for step in _bias_steps(bias_order, meta_per_class):
         if step == 'meta':
             picked, rest = split_meta(true[stay], C, meta_per_class, split_seed)
@@ -472,7 +476,7 @@ def make_biased(
     if rows is not None: P = np.stack([rows[true[stay] == c].mean(0) for c in range(C)])
     train = Samples(source.pool.x[stay], torch.from_numpy(observed[stay]))
     return BiasedData(train, source.pool.take(meta), source.test, torch.from_numpy(true[stay]), P, source.classes, stay, meta,
-                      name=source.name, noise_rows=rows)
+                      name=source.name, val=None if val is None else source.pool.take(val), noise_rows=rows)
 
 # %% ../nbs/02_corruption.ipynb #b1269cc7
 def _bias_steps(order, meta_per_class):
@@ -492,6 +496,19 @@ def _source_noise(source, stay, kind, rate, map_seed, noise_map, noise_matrix, n
     if noise_rows is not None:
         known['noise_rows'] = check_probabilities(noise_rows, (len(source.pool.y), source.n_classes), 'noise_rows')[stay]
     return noise_distribution(kind, **known)
+
+# %% ../nbs/02_corruption.ipynb #dd7723fc
+def with_meta(
+    data:BiasedData, # Biased data
+)->BiasedData:
+    "The data with the clean samples behind the train samples, once; the meta set stays as it is."
+    if not len(data.meta.y) or data.from_meta.any(): return data
+    a, b = data.train.x, data.meta.x
+    if hasattr(a, 'pixels'): x = replace(a, pixels=torch.cat([a.pixels, b.pixels]))
+    elif hasattr(a, 'paths'): x = replace(a, paths=np.concatenate([a.paths, b.paths]))
+    else: x = torch.cat([a, b])
+    return replace(data, train=Samples(x, torch.cat([data.train.y, data.meta.y])), true_labels=torch.cat([data.true_labels, data.meta.y]),
+                   index_train=np.concatenate([data.index_train, data.index_meta]), names=None, noise_rows=None)
 
 # %% ../nbs/02_corruption.ipynb #4dfd7562
 def biased_from_samples(

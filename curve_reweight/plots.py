@@ -53,7 +53,7 @@ def plot_loss_curves(
     for ax, (title, classes) in zip(axs[0], groups.items()):
         member = torch.isin(data.train.y.cpu(), torch.as_tensor(np.array(classes)))
         for name, kind in _kinds(data.noisy.cpu()):
-            some = curves.losses[member & kind]
+            some = curves.losses[:len(member)][member & kind] # behind them may be the clean ones
             if not len(some): continue
             mean, sd = some.mean(0), some.std(0, correction=0)
             ax.plot(epochs, mean, color=clean_noisy[name], label=f'{name} ({len(some)})')

@@ -8,7 +8,7 @@ __all__ = ['groups', 'circumstances', 'choices', 'parameters', 'DataSetting', 'B
            'setting_meta', 'make_setting', 'may_probe', 'facts', 'method_source', 'make_parser', 'parse_args',
            'parameters_cell']
 
-# %% ../nbs/13a_setting.ipynb #2f567662
+# %% ../nbs/13a_setting.ipynb #79515569
 import argparse, ast, difflib, importlib.util, inspect, typing
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -21,8 +21,9 @@ import curve_reweight.baselines, curve_reweight.gdw, curve_reweight.meta_baselin
 from .corruption import imbalance_orders, imbalance_profiles, noise_kinds
 from .data import Source, train_crops
 from .datasets import sources
+from .features import feature_cache, weights_file
 from .loop import Training, lr_schedule, make_optimizer
-from .models import inits, models
+from .models import inits, models, vector_models
 from .probe import waves
 from .steps import optimizer_step
 from .train import Meta, check_meta
@@ -36,6 +37,9 @@ class DataSetting:
     data_root:str = '' # Folder of the data set (for csv, the file); digits need none
     crop:str = None # How large training images are cut: a random part, or resized and the centre; None: random
     augment:bool = True # Augment images; digits are not
+    features:str = '' # Network whose frozen features stand in for the images, such as efficientnet_lite0; empty: the images themselves
+    features_weights:str = '' # File of that network's weights; empty: those that come with it
+    features_size:int = 96 # Side of the images that it sees, in pixels
 
 # %% ../nbs/13a_setting.ipynb #7bf53c5d
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class BiasSetting:
     imbalance_profile:str = 'exponential' # Shape of the class sizes
     imbalance_order:str = 'as_is' # Which class is the largest
     meta_per_class:int = 10 # Clean samples per class; 0: none, low-loss samples of the probe take their place
+    val_per_class:int = 0 # Further clean samples per class, set apart to choose settings by
     bias_order:str = 'meta-imbalance-noise' # The three steps in any order
     exact_noise:bool = False # Exact counts of wrong labels instead of independent draws
     noise_map:dict = None # Class → class for asymmetric noise; None: the data set's own
@@ -81,6 +86,7 @@ class TrainingSetting:
     momentum:float = .9 # Of SGD
     nesterov:bool = True # Of SGD
     weight_decay:float = 5e-4 # Of the optimiser
+    train_on_meta:bool = False # Put the clean samples into the train set too
     frozen_bn:bool = False # Batch normalisation by the running statistics that the model comes with
     seed:int = 0 # Seed of the run
 
@@ -98,15 +104,17 @@ class MachineSetting:
     compile:bool = False # Steps through torch.compile
     device:str = 'auto' # auto, cpu, cuda, cuda:1, …
     workers:int = None # Processes that read large images; None: as many as there are cores, at most 8
+    features_cache:str = feature_cache # Folder where features are kept; empty: nowhere
     probe_cache:str = '' # Folder where probes are kept for other runs on the same data; empty: nowhere
     checkpoint_seconds:float = 60. # Time between two checkpoints in out_dir
     tensorboard:bool = False # Log to out_dir for TensorBoard
     out_dir:str = '' # Folder for the results; empty: nothing is written
 
-# %% ../nbs/13a_setting.ipynb #9826bddf
+# %% ../nbs/13a_setting.ipynb #8189abc8
 groups = {'data': DataSetting, 'bias': BiasSetting, 'probe': ProbeSetting, 'training': TrainingSetting,
           'method': MethodSetting, 'machine': MachineSetting}
-circumstances = 'device', 'out_dir', 'workers', 'probe_cache', 'checkpoint_seconds', 'tensorboard' # Parameters that do not change a row
+circumstances = ('device', 'out_dir', 'workers', 'features_cache', 'probe_cache', 'checkpoint_seconds',
+                 'tensorboard') # Parameters that do not change a row
 choices = { # Parameter → table or tuple of the names that it may have
     'dataset': sources, 'crop': (None, *train_crops), 'noise_kind': noise_kinds, 'imbalance_profile': imbalance_profiles,
     'imbalance_order': imbalance_orders, 'wave': waves, 'model': models, 'init': inits, 'precision': ('float32', 'bf16')}
@@ -236,6 +244,9 @@ def _check_setting(s):
         if not getattr(s, name) > 0: raise ValueError(f'{name} is {getattr(s, name)}, it must be above 0')
     for name in 'batch_size', 'wave_batch_size':
         if getattr(s, name) < 2: raise ValueError(f'{name} is {getattr(s, name)}: batch normalisation needs at least 2 samples a batch')
+    if s.features: weights_file(s.features, s.features_weights)
+    if s.features and s.model not in vector_models:
+        raise ValueError(f'features are vectors, and {s.model} wants images: choose the model {" or ".join(vector_models)}')
     if not 0 <= s.noise_rate <= 1: raise ValueError(f'noise_rate is {s.noise_rate}, but it is a fraction from 0 to 1')
     seeds = [seed for seed in (s.seed, s.split_seed, s.map_seed, s.draw_seed) if seed is not None]
     if min(seeds) < 0: raise ValueError('seeds are 0 or more')
@@ -288,6 +299,7 @@ def facts(
     own = {name: None for name in known_options()}
     fixed = {name: getattr(setting, name) for name in parameters}
     if not (may_probe(setting) if probed is None else probed): fixed.update(dict.fromkeys((f.name for f in fields(ProbeSetting)), None))
+    if not setting.features: fixed.update(features_weights=None, features_size=None)
     if callable(setting.optimizer): fixed['optimizer'] = getattr(setting.optimizer, '__qualname__', repr(setting.optimizer))
     return {**fixed, 'method': setting.declared.key, **own, **setting.options_in_force()}
 
