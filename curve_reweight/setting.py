@@ -36,7 +36,7 @@ class DataSetting:
     dataset:str = 'digits' # Data set
     data_root:str = '' # Folder of the data set (for csv, the file); digits need none
     crop:str = None # How large training images are cut: a random part, or resized and the centre; None: random
-    augment:bool = True # Augment images; digits are not
+    augment:bool = True # Augment images; digits and mnist5k are not
     features:str = '' # Network whose frozen features stand in for the images, such as efficientnet_lite0; empty: the images themselves
     features_weights:str = '' # File of that network's weights; empty: those that come with it
     features_size:int = 96 # Side of the images that it sees, in pixels
