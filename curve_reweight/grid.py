@@ -494,7 +494,7 @@ def _execute(notebook, folder, cwd, threads):
 
 def _what_failed(folder, exit, error=None):
     "A sentence from the executed notebook, the exit status, or a direct run's error"
-    if error is not None: return f'{error or "no row.json of the run was written"}, see {folder/"error.txt"}'
+    if error is not None: return f'{error}, see {folder/"error.txt"}' if error else 'no row.json with the parameters of the run was written'
     cells = (_read(folder/'run.ipynb') or {}).get('cells', [])
     for output in [o for cell in cells for o in cell.get('outputs', ()) if o['output_type'] == 'error']:
         return f"{output['ename']}: {output['evalue']}".splitlines()[0] + f', see {folder/"run.ipynb"}'
