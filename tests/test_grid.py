@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import curve_reweight.grid as grid
+from curve_reweight.experiment import run
 from curve_reweight.setting import Setting, facts
 
 
@@ -310,6 +311,140 @@ def test_ctrl_c_ends_everything(tmp_path, notebook):
     assert stopped.returncode == 1 and 'Traceback' not in err
     assert err.splitlines()[-1].endswith('stopped; the same command goes on from here')
     wait_for(lambda: not any(map(alive, pids(tmp_path/'runs'))), 120)
+
+
+def lasting(row):
+    "A row without what may differ between equal runs"
+    return {k: v for k, v in row.items() if not k.startswith('seconds') and k not in ('out_dir', 'threads')}
+
+
+watched = rule.replace('import Weighting', """import Weighting
+import os, time""") + """
+    def start_epoch(self, epoch, plan):
+        with open('epochs', 'a') as f: f.write(f'{epoch} {os.getpid()}\\n')
+        if self.power == 3: raise RuntimeError('no such\\nthing')
+        time.sleep(.1)
+"""
+
+
+def test_direct_runs_give_the_rows_of_runs_by_themselves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'mine.py').write_text(watched)
+    blocks = {'package': {'product': {'method': ['ce', 'gdw']}}, 'mine': {'fixed': {'method': 'mine.py:Trust'}, 'product': {'power': [1, 3]}}}
+    settings = {'name': 'g', 'fixed': {'epochs': 2, 'noise_rate': .2}, 'blocks': blocks}
+    table = grid.run_grid(settings, 'runs', direct=True, threads=1)
+    assert table.status.tolist() == ['done', 'done', 'done', 'failed'], table.error.tolist()
+    jobs = grid.make_jobs(settings, tmp_path/'runs'/'g')
+    for job in jobs[:3]:
+        row = json.loads((job.folder/'row.json').read_text())
+        assert row['threads'] == 1 and (job.folder/'history.csv').exists() and not (job.folder/'run.ipynb').exists()
+    # what failed is told in one sentence, in full in a file, and is tried again with the next start
+    said = f'RuntimeError: no such, see {jobs[3].folder/"error.txt"}'
+    assert table.error.tolist() == ['', '', '', said] and 'Traceback' in (jobs[3].folder/'error.txt').read_text()
+    info = json.loads((jobs[3].folder/'run.json').read_text())
+    assert info['direct'] and info['error'] == 'RuntimeError: no such'
+    assert grid.run_grid(settings, 'runs', direct=True, dry_run=True).status.tolist() == ['done', 'done', 'done', 'failed']
+    assert len({line.split()[1] for line in (tmp_path/'epochs').read_text().splitlines()}) == 1, 'one worker for all'
+    # the rows of the package's methods, one after the other in one process, are those of runs by themselves
+    for n, method in enumerate(['ce', 'gdw']):
+        alone = run(Setting(method=method, epochs=2, noise_rate=.2)).row
+        row = json.loads((jobs[n].folder/'row.json').read_text())
+        assert lasting(row) == lasting(json.loads(json.dumps(alone)))
+
+
+def test_a_worker_loads_its_data_once(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(grid, 'setting_source', lambda setting: loaded.append(setting.data_root) or len(loaded))
+    monkeypatch.setattr(grid, '_kept', {})
+    runs = [Setting(seed=seed, data_root=root) for root, seed in (('a', 0), ('a', 1), ('b', 0), ('b', 1), ('a', 2))]
+    assert [grid._source_of(setting) for setting in runs] == [1, 1, 2, 2, 3] and loaded == ['a', 'b', 'a']
+
+
+@pytest.mark.slow
+def test_killed_direct_grid_leaves_no_worker_and_goes_on_to_the_same_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'mine.py').write_text(watched)
+    settings = {'name': 'g', 'fixed': {'method': 'mine.py:Trust', 'epochs': 25, 'checkpoint_seconds': 0.}}
+    (tmp_path/'g.yaml').write_text(yaml.safe_dump(settings))
+    def epochs(): return [line.split() for line in Path('epochs').read_text().splitlines()] if Path('epochs').exists() else []
+    killed = start(tmp_path, 'g.yaml', '--direct', '--threads', 1)
+    wait_for(lambda: len(epochs()) > 5)
+    killed.kill()
+    wait_for(lambda: not alive(int(epochs()[0][1])), 5)
+    assert grid.run_grid(settings, 'runs', direct=True, dry_run=True).status.tolist() == ['unfinished']
+    assert grid.run_grid(settings, 'runs', direct=True, threads=1).status.tolist() == ['done']
+    numbers = [int(n) for n, _ in epochs()]
+    assert numbers[0] == 0 and numbers.count(0) == 1 and numbers[-1] == 24, 'from the checkpoint, not from the start'
+    grid.run_grid(settings, 'undisturbed', direct=True, threads=1)
+    assert [*map(lasting, rows(tmp_path/'runs'))] == [*map(lasting, rows(tmp_path/'undisturbed'))]
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_dying_worker_in_a_direct_grid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'mine.py').write_text(watched.replace('time.sleep(.1)', """
+        if epoch == 3 and not os.path.exists('died'):
+            open('died', 'w').close()
+            os.kill(os.getpid(), 9)
+        time.sleep(.5)"""))
+    settings = small(fixed={'method': 'mine.py:Trust', 'epochs': 8, 'checkpoint_seconds': 0.})
+    assert grid.run_grid(settings, 'runs', direct=True, workers=2, threads=1).status.tolist() == ['done', 'done']
+    (tmp_path/'epochs').unlink()
+    (tmp_path/'g.yaml').write_text(yaml.safe_dump(small(fixed={'method': 'mine.py:Trust', 'epochs': 90})))
+    stopped = start(tmp_path, 'g.yaml', '--direct', start_new_session=True)
+    wait_for(lambda: Path('epochs').exists())
+    os.killpg(stopped.pid, signal.SIGINT)
+    out, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 1 and 'Traceback' not in err and 'stopped; the same command goes on from here' in err
+    wait_for(lambda: not alive(int(Path('epochs').read_text().split()[1])), 5)
+
+
+def finish(job, code, **row):
+    "Files of a direct run that is done, without the run"
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder/'run.json').write_text(json.dumps({'direct': True, 'exit': 0, 'error': '', 'code': code, 'seconds': 9.}))
+    (job.folder/'row.json').write_text(json.dumps({**facts(job.setting), 'seconds_probe': 0., 'seconds_train': 8., **row}))
+
+
+def test_rows_of_the_table_count_without_a_folder(tmp_path, monkeypatch):
+    (tmp_path/'grids').mkdir()
+    path, table = tmp_path/'grids'/'g.yaml', tmp_path/'results'/'g.csv'
+    path.write_text(yaml.safe_dump({'table': '../results/g.csv', 'seeds': 3, 'fixed': {'method': 'ce', 'lr': .1}}))
+    jobs, how = grid.make_jobs(grid.load_grid(path), tmp_path/'here'/'g'), dict(direct=True)
+    for job in jobs: finish(job, grid.code_version(job.setting), test_acc_last=90.5, test_acc_per_class=[90, 91])
+    assert grid.run_grid(path, tmp_path/'here', **how).status.tolist() == ['skipped']*3
+    written = table.read_bytes()
+    assert pd.read_csv(table, dtype=str).key.tolist() == [job.key for job in jobs]
+    # another machine has no folders; a second gathering changes no letter
+    other = grid.run_grid(path, tmp_path/'there', dry_run=True, **how)
+    assert other.status.tolist() == ['in table']*3 and other.seconds.tolist() == [9]*3 and not (tmp_path/'there').exists()
+    assert grid.run_grid(path, tmp_path/'there', **how).status.tolist() == ['in table']*3 and table.read_bytes() == written
+    # one seed more is new, whatever the row beside it says
+    path.write_text(path.read_text().replace('seeds: 3', 'seeds: 4'))
+    assert grid.run_grid(path, tmp_path/'there', dry_run=True, **how).status.tolist() == ['in table']*3 + ['new']
+    # other code: rows stay until there are new ones
+    path.write_text(path.read_text().replace('seeds: 4', 'seeds: 3'))
+    monkeypatch.setattr(grid, 'code_version', lambda setting: 'present')
+    assert grid.run_grid(path, tmp_path/'there', dry_run=True, **how).status.tolist() == ['other code']*3
+    assert grid.run_grid(path, tmp_path/'there', any_code=True, **how).status.tolist() == ['in table']*3 and table.read_bytes() == written
+    jobs = grid.make_jobs(grid.load_grid(path), tmp_path/'there'/'g')
+    finish(jobs[1], 'present', test_acc_last=70)
+    grid._gather_table(table, jobs, {job.folder.name: 'present' for job in jobs})
+    after = pd.read_csv(table)
+    assert (after.code == 'present').tolist() == [False, True, False] and after.test_acc_last.tolist() == [90.5, 70, 90.5]
+    assert grid.run_grid(path, tmp_path/'there', dry_run=True, **how).status.tolist() == ['other code', 'done', 'other code']
+    for job in jobs: finish(job, 'present')
+    (tmp_path/'grids'/'none.yaml').write_text(path.read_text().replace('table: ../results/g.csv', 'name: g'))
+    assert grid.run_grid(tmp_path/'grids'/'none.yaml', tmp_path/'there', **how).status.tolist() == ['skipped']*3
+    assert pd.read_csv(table).equals(after), 'a grid without a table writes none'
+
+
+def test_tuned_parameters_reach_the_run(tmp_path):
+    (tmp_path/'tuned.csv').write_text('method,lr,epochs,clip\nce,0.01,,\ngdw,0.02,3.0,0.1\n')
+    (tmp_path/'g.yaml').write_text('tuned: tuned.csv\nfixed: {lr: 0.5}\nproduct: {method: [ce, gdw]}\n')
+    ce, gdw = grid.make_jobs(grid.load_grid(tmp_path/'g.yaml'), tmp_path/'runs')
+    assert ce.setting == Setting(method='ce', lr=.5, out_dir='its own') and ce.key == grid.setting_key(ce.setting)
+    assert gdw.setting == Setting(method='gdw', lr=.5, epochs=3, clip=.1, out_dir='its own') and gdw.params['clip'] == .1
 
 
 @pytest.mark.slow
