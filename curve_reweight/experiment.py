@@ -171,25 +171,33 @@ def _run(s, source, model_fn, curves):
     here, fresh = _on_device(data, device, s.workers), _maker(s, data, model_fn, device)
     if s.train_on_meta: here = with_meta(here)
     saved = _saver(s, here, fresh, device)
-    started = time.perf_counter()
-    here, curves = needed_probe(s, here, fresh, curves, saved('probe'))
-    probed = time.perf_counter()
-    with _logger(s) as log:
-        rate = None if data.matrix is None else s.noise_rate
-        task = Task(here, fresh, setting_training(s), setting_meta(s), curves, rate, saved, log)
-        in_force = s.options_in_force()
-        seed_everything(s.seed)
-        result = task.learn(s.method, **{name: in_force[name] for name in s.declared.options})
-    trained, result = time.perf_counter(), _without_clean(result, len(data.train.y))
-    predictions = predict(result.model, here.test, precision=task.training.precision).cpu()
-    row = {**_parameters(s, data, device, curves is not None), **_results(data, here, result, predictions),
-           'seconds_probe': probed - started, 'seconds_train': trained - probed, **_machine(device)}
+    with _logger(s) as log: here, curves, result, predictions, seconds = _trained(s, data, here, fresh, curves, saved, log)
+    row = {**_parameters(s, data, device, curves is not None), **_results(data, here, result, predictions), **seconds, **_machine(device)}
     done = Run(row, data, result, curves, predictions)
     if s.out_dir:
         write_run(done, s.out_dir)
         for stage in 'probe', 'train': saved(stage).clear()
         (Path(s.out_dir)/'probe_losses.f32').unlink(missing_ok=True)
     return done
+
+# %% ../nbs/14_experiment.ipynb #324ab9bd
+def _trained(s, data, here, fresh, curves, saved, log):
+    "The data with a clean set, the probe, the result, predictions for the test set, and seconds"
+    started = time.perf_counter()
+    here, curves = needed_probe(s, here, fresh, curves, saved('probe'))
+    probed = time.perf_counter()
+    rate = None if data.matrix is None else s.noise_rate
+    task = Task(here, fresh, setting_training(s), setting_meta(s), curves, rate, saved, log)
+    in_force = s.options_in_force()
+    seed_everything(s.seed)
+    result = _without_clean(task.learn(s.method, **{name: in_force[name] for name in s.declared.options}), len(data.train.y))
+    trained = time.perf_counter()
+    predictions = predict(result.model, here.test, precision=task.training.precision).cpu()
+    return here, curves, result, predictions, {'seconds_probe': probed - started, 'seconds_train': trained - probed}
+
+def _without_clean(result, N):
+    def cut(weights): return None if weights is None else weights[:N]
+    return replace(result, weights=cut(result.weights), class_weights=cut(result.class_weights))
 
 # %% ../nbs/14_experiment.ipynb #6caf6e66
 def _on_device(data, device, workers):
@@ -198,11 +206,6 @@ def _on_device(data, device, workers):
         def read_by(samples): return samples and samples._replace(x=replace(samples.x, workers=workers))
         data = replace(data, **{part: read_by(getattr(data, part)) for part in ('train', 'meta', 'test', 'val')})
     return data.to(device)
-
-def _without_clean(result, N):
-    "The result with the weights of the train samples alone, which are the first N"
-    def cut(weights): return None if weights is None else weights[:N]
-    return replace(result, weights=cut(result.weights), class_weights=cut(result.class_weights))
 
 def _maker(s, data, model_fn, device):
     "Function of a number that makes a classifier: the same one at every call, another one for 1 than for 0"

@@ -6,7 +6,7 @@
 __all__ = ['backends', 'load_grid', 'setting_key', 'expand', 'Job', 'make_jobs', 'code_version', 'job_status', 'run_job',
            'gather', 'estimate_seconds', 'find_notebook', 'run_grid', 'parse_grid_args', 'grid_report', 'main']
 
-# %% ../nbs/15_grid.ipynb #13209714
+# %% ../nbs/15_grid.ipynb #b80bb20c
 import argparse, ast, hashlib, importlib.util, io, itertools, json, os, re, signal, subprocess, sys, threading, time, traceback, typing
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
@@ -24,8 +24,8 @@ from joblib.externals.loky import ProcessPoolExecutor
 import curve_reweight
 from .core import atomic_write, lock, make_out_dir, progress, write_json
 from .data import train_crops
-from .experiment import run, setting_source
-from .setting import (DataSetting, ProbeSetting, Setting, choices, circumstances, facts, known_options, make_setting,
+from .experiment import loaded_source, run
+from .setting import (ProbeSetting, Setting, choices, circumstances, facts, known_options, make_setting,
                                     may_probe, method_options, method_source, parameters)
 from .weighting import find_method
 
@@ -66,8 +66,10 @@ def _problem(e):
 def setting_key(
     setting:Setting, # The run
 )->str: # 10 hexadecimal digits
-    "A hash of the facts but the `circumstances`. What is empty does not count, so another method's new option changes no key."
-    there = {name: value for name, value in _facts(setting).items() if value is not None}
+    "A hash of the facts but the `circumstances`. What is empty or at its default does not count, so a new parameter changes no key."
+    usual = {f.name: f.default for f in fields(Setting) if f.name not in ('dataset', 'method')}
+    usual.update({name: option.default for name, option in method_options(setting.declared).items()})
+    there = {name: value for name, value in _facts(setting).items() if value is not None and value != usual.get(name)}
     return hashlib.sha256(json.dumps(there, sort_keys=True).encode()).hexdigest()[:10]
 
 def _facts(setting):
@@ -313,15 +315,17 @@ def _code_of(folder, files): return _Code(folder)
 
 # %% ../nbs/15_grid.ipynb #fba5e781
 _no_part = {'core': ('Checkpoints', 'atomic_write', 'git_commit', 'lock', 'make_out_dir', 'progress', 'versions', 'write_json'),
-            'experiment': ('Run', '_logger', '_machine', '_parameters', '_saver', 'write_run')}
+            'experiment': ('Run',)}
 
 def _roots(setting):
     "Where the code of a run begins, and what is left aside"
     entries = [table[getattr(setting, name)] for name, table in choices.items() if isinstance(table, dict)]
     entries += [train_crops[setting.crop or 'random'], setting.declared.factory]
-    roots = {('experiment', '_run'), *(_defined_at(f) for f in entries if f.__module__.startswith('curve_reweight.'))}
+    roots = {('experiment', name) for name in ('setting_data', '_maker', '_trained', '_results')}
+    roots |= {_defined_at(f) for f in entries if f.__module__.startswith('curve_reweight.')}
+    if setting.train_on_meta: roots.add(('corruption', 'with_meta'))
     aside = {('setting',), *((module, name) for module, names in _no_part.items() for name in names)}
-    if getattr(setting, 'features', ''): roots.add(('features', 'feature_nets'))
+    if setting.features: roots.add(('features', 'feature_nets'))
     else: aside.add(('features', 'with_features'))
     if not may_probe(setting): aside.add(('experiment', 'needed_probe'))
     return frozenset(roots), frozenset(aside)
@@ -363,15 +367,16 @@ def job_status(
     if account.get('end_time') is None or info.get('exit') is None: return 'unfinished'
     if account.get('exception'): return 'failed'
     if info['exit']: return 'unfinished'
-    return 'done' if row is not None and _same(row, job.setting) else 'failed'
+    return 'done' if row is not None and _same(row, _facts(job.setting)) else 'failed'
 
 # %% ../nbs/15_grid.ipynb #7add03d9
-def _same(row, setting):
-    "Whether a row is that of a setting; of the data set, the loader's own name is in the row"
+def _same(row, wanted):
+    """Whether a row has the facts that are wanted; of the data set, the loader's own name is in the row, and what is not in it is newer than
+    the row"""
     void = {'dataset'}
     if row.get('noise_kind') == 'as_it_came': void |= {'noise_kind', 'noise_rate', 'imbalance_ratio'}
-    void |= {f.name for f in fields(ProbeSetting) if row.get(f.name) is None}
-    return all(row.get(name) == value for name, value in _facts(setting).items() if name not in void)
+    void |= {f.name for f in fields(ProbeSetting) if row.get(f.name) in (None, '')}
+    return all(row[name] == value for name, value in wanted.items() if name in row and name not in void)
 
 # %% ../nbs/15_grid.ipynb #95dc66e2
 def _prepare(folder, info, patience=60):
@@ -433,24 +438,13 @@ def _begin_worker(parent):
 @lru_cache
 def _loaded_code(): return _read_code()
 
-_kept = {} # The data set that was loaded last, by what names it
-
-def _source_of(setting):
-    "The data set of a setting, from the process's memory where it was the last one"
-    names = *(f.name for f in fields(DataSetting)), 'features_cache', 'device'
-    key = tuple(getattr(setting, name) for name in names if name in parameters)
-    if key not in _kept:
-        _kept.clear()
-        _kept[key] = setting_source(setting)
-    return _kept[key]
-
 def _run_here(setting, cwd, threads):
     "Run a setting in this process; what `run.json` says of its end"
     os.environ['TQDM_DISABLE'] = '1'
     try:
         os.chdir(cwd)
         torch.set_num_threads(threads or joblib.cpu_count())
-        run(setting, _source_of(setting))
+        run(setting, loaded_source(setting))
     except Exception as e: # whatever it is, the next run is another one
         atomic_write(Path(setting.out_dir)/'error.txt', traceback.format_exc())
         return {'exit': 0, 'error': f'{type(e).__name__}: {e}'.splitlines()[0]}
@@ -561,12 +555,18 @@ def _in_words(rows):
     text = pd.DataFrame(rows, dtype=object).to_csv(index=False)
     return pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False).to_dict('records')
 
+def _of_setting(by_code, setting):
+    "Those of a key's rows that are the setting's; since a key leaves defaults out, another default may have made them"
+    wanted = _in_words([_flat(_facts(setting))])[0] if by_code else {}
+    return {code: row for code, row in by_code.items() if _same(row, wanted)}
+
 def _gather_table(path, jobs, codes):
     "Write the rows of a grid's runs into its table, beside those that are there"
     rows = _read_table(path)
     done = [job for job in jobs if job_status(job, codes[job.folder.name]) == 'done']
     for row in _in_words(_rows(job.folder/'row.json' for job in done)): rows.setdefault(row['key'], {})[row['code']] = row
-    chosen = [{**_chosen(rows[job.key], codes[job.folder.name]), 'block': job.block} for job in jobs if job.key in rows]
+    fitting = {job.folder.name: _of_setting(rows.get(job.key, {}), job.setting) for job in jobs}
+    chosen = [{**_chosen(fitting[name], codes[name]), 'block': job.block} for job in jobs if fitting[name := job.folder.name]]
     if not chosen: return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, pd.DataFrame(chosen).fillna('').to_csv(index=False))
@@ -738,7 +738,7 @@ def _plan(jobs, codes, committed, folder):
     rows, lines, guess = _read_table(committed), [], _guesser(_past(committed, folder))
     for job in jobs:
         code = codes[job.folder.name]
-        status, there = job_status(job, code), rows.get(job.key)
+        status, there = job_status(job, code), _of_setting(rows.get(job.key, {}), job.setting)
         if there and status != 'done' and (code is None or code in there): status = 'in table'
         elif there and status == 'new': status = 'other code'
         lines.append({'block': job.block, 'run': job.folder.name, 'status': status, 'seconds': guess(job.setting), 'error': ''})
