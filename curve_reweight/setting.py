@@ -33,8 +33,8 @@ from .weighting import Method, Option, find_method, methods
 @dataclass(frozen=True)
 class DataSetting:
     "Which data."
-    dataset:str = 'digits' # Data set
-    data_root:str = '' # Folder of the data set (for csv, the file); digits need none
+    dataset:str = 'mnist5k' # Data set
+    data_root:str = '' # Folder of the data set (for csv, the file); mnist5k and digits need none
     crop:str = None # How large training images are cut: a random part, or resized and the centre; None: random
     augment:bool = True # Augment images; digits and mnist5k are not
     features:str = '' # Network whose frozen features stand in for the images, such as efficientnet_lite0; empty: the images themselves
@@ -64,7 +64,7 @@ class BiasSetting:
 @dataclass(frozen=True)
 class ProbeSetting:
     "How loss curves are recorded."
-    probe_epochs:int = 60 # Epochs of the probe
+    probe_epochs:int = 40 # Epochs of the probe
     probe_lr:float = .1 # Highest learning rate of the probe
     probe_optimizer:str = 'sgd' # Optimiser of the probe
     wave:str = 'square' # Learning rate of the probe after its first part
@@ -75,10 +75,10 @@ class ProbeSetting:
 @dataclass(frozen=True)
 class TrainingSetting:
     "How a classifier is trained."
-    model:str = 'small_cnn' # Classifier
+    model:str = 'strided_cnn' # Classifier
     pretrained:str = '' # File with weights for the classifier to start from
     init:str = 'default' # Start of the classifier's parameters
-    epochs:int = 60 # Epochs of training
+    epochs:int = 40 # Epochs of training
     batch_size:int = 32 # Train samples a step
     lr:float = .03 # Highest learning rate
     schedule:str|list = 'curvenet' # Learning rate: a name, or drops in epochs or fractions, such as [[36, 38], 0.1]
@@ -86,7 +86,7 @@ class TrainingSetting:
     momentum:float = .9 # Of SGD
     nesterov:bool = True # Of SGD
     weight_decay:float = 5e-4 # Of the optimiser
-    train_on_meta:bool = False # Put the clean samples into the train set too
+    train_on_meta:bool = True # Put the clean samples into the train set too
     frozen_bn:bool = False # Batch normalisation by the running statistics that the model comes with
     seed:int = 0 # Seed of the run
 
