@@ -58,7 +58,7 @@ def read_rows(
 
     Raises `OSError` for a file that cannot be read and `ValueError` for a table that lacks a column or holds an unknown method."""
     rows = pd.concat([_complete(t) for t in tables], ignore_index=True).infer_objects()
-    rows = rows.assign(features=rows.features.fillna(''), train_on_meta=rows.train_on_meta.astype(bool)) # '' comes back from a CSV as NaN
+    rows = rows.assign(features=rows.features.fillna(''), train_on_meta=rows.train_on_meta.eq(True)) # '' comes back from a CSV as NaN
     rate, ratio = rows.noise_rate.map('{:g}'.format), rows.imbalance_ratio.map('{:g}'.format)
     rows['noise'] = np.select([rows.noise_kind == 'as_it_came', rows.noise_rate == 0], ['real', 'none'], rows.noise_kind)
     words = ['as it came', 'no noise, ratio ' + ratio]
