@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['clean_noisy', 'plot_class_counts', 'plot_loss_curves', 'plot_weights', 'plot_confusion', 'plot_weight_function',
            'plot_target_weights', 'plot_weight_variation', 'plot_class_weight_change', 'plot_increased',
-           'increased_by_class']
+           'increased_by_class', 'pictures', 'plot_pictures']
 
-# %% ../nbs/13_plots.ipynb #b45e489e
+# %% ../nbs/13_plots.ipynb #33978d03
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ import seaborn as sns
 import torch
 
 from .corruption import BiasedData, bias_report
+from .data import ImageFiles, ImageTensor, read_image
 from .evaluate import confusion
 from .probe import LossCurves
 
@@ -193,3 +194,30 @@ def increased_by_class(
     index = torch.cat([i for i, *_ in watch])
     grew = torch.cat([new > (first if first.ndim == 2 else first[:, None]) for _, first, new in watch])
     return grew[y[index] == label].double().mean(0)
+
+# %% ../nbs/13_plots.ipynb #511a0880
+def pictures(
+    x, # `ImageTensor`, `ImageFiles` or images `[N, channels, height, width]`
+    index, # Positions `[k]`
+)->list: # Arrays `[height, width]` or `[height, width, 3]`
+    "Some images, to be drawn."
+    if isinstance(x, ImageFiles): return [np.asarray(read_image(x.paths[i])) for i in index]
+    some = (x.pixels if isinstance(x, ImageTensor) else x)[torch.as_tensor(index)].cpu()
+    return [image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy() for image in some]
+
+def plot_pictures(
+    x, # See `pictures`
+    index, # Positions `[k]` of the images, in order
+    data:BiasedData, # The labels that belong to them
+    columns:int=10, # Images in a row
+):
+    "Images of the train set with their labels. Returns the axes."
+    rows = -(-len(index)//columns)
+    _, axs = plt.subplots(rows, columns, figsize=(1.15*columns, 1.4*rows), dpi=90, squeeze=False)
+    for ax in axs.flat: ax.axis('off')
+    for ax, image, i in zip(axs.flat, pictures(x, index), index):
+        given, true = (data.classes[labels[i]] for labels in (data.train.y, data.true_labels))
+        ax.imshow(image, cmap='gray_r')
+        ax.set_title(given if given == true else f'{given} → {true}', fontsize=9, color='k' if given == true else '#c0392b')
+    plt.tight_layout(pad=.4)
+    return axs

@@ -25,8 +25,8 @@ from .published import published
 from .weighting import find_method, methods
 
 # %% ../nbs/17_report.ipynb #3e0f8a51
-_fixed = {'features': '', 'train_on_meta': False, # Parameters of every run, with their defaults
-          **{f.name: f.default for f in fields(Setting) if f.name != 'options'}}
+_fixed = {f.name: f.default for f in fields(Setting) if f.name != 'options'} # Parameters of every run, with their defaults
+_older = {'train_on_meta': False} # What rows did that do not say
 
 def _option_names(): return list(known_options())
 
@@ -36,7 +36,7 @@ def _own_defaults(option):
 
 def _in_force(table):
     "The table with a column for every parameter, options at the value in force"
-    columns = {name: default for name, default in _fixed.items() if name not in table}
+    columns = {name: _older.get(name, default) for name, default in _fixed.items() if name not in table}
     for name in _option_names():
         own = _own_defaults(name)
         given = table[name].astype(object) if name in table else pd.Series(np.nan, table.index, object)

@@ -141,15 +141,21 @@ def tune(
     out:str|Path, # Folder for `<name>.csv`, the winners, and `<name>/<method>.csv`, the trials
     workers:int=1, # Methods at the same time
     threads:int|None=None, # CPU threads for each; None: the cores over `workers`
-)->pd.DataFrame: # A row per method: the winner's parameters, `val_acc`, `trials`
+    methods:list|None=None, # Methods to search for now; None: all
+)->pd.DataFrame: # A row per method that has all its trials: the winner's parameters, `val_acc`, `trials`
     "Run what is missing of a search, and choose. Raises `OSError`, `ValueError` or `ImportError` before anything runs."
     tuning = load_tuning(path)
+    methods = [*tuning['methods']] if methods is None else methods
+    for method in methods:
+        if method not in tuning['methods']: raise ValueError(f'nothing is said of {method!r}; there are {", ".join(tuning["methods"])}')
     _optuna()
     folder = make_out_dir(Path(out)/tuning['name'])
     threads = threads or max(1, joblib.cpu_count()//workers)
     do = partial(_tuned, tuning, folder=folder, threads=threads)
-    found = joblib.Parallel(workers, 'loky', batch_size=1)(joblib.delayed(do)(method) for method in tuning['methods'])
-    table = winners(tuning, dict(zip(tuning['methods'], found)))
+    joblib.Parallel(workers, 'loky', batch_size=1)(joblib.delayed(do)(method) for method in methods)
+    files = {method: folder/f'{method}.csv' for method in tuning['methods']}
+    trials = {method: pd.read_csv(file, float_precision='round_trip') for method, file in files.items() if file.exists()}
+    table = winners(tuning, {method: found for method, found in trials.items() if len(found) == tuning['trials']})
     atomic_write(Path(out)/f"{tuning['name']}.csv", table.to_csv(index=False))
     return table
 
@@ -177,6 +183,7 @@ def main():
     parser.add_argument('--out', default='results/tuning', help='folder for trials and winners (default: results/tuning)')
     parser.add_argument('--workers', type=int, default=1, help='methods at the same time (default: 1)')
     parser.add_argument('--threads', type=int, help='CPU threads for each (default: cores over workers)')
+    parser.add_argument('--methods', nargs='*', help='methods to search for now (default: all)')
     options = vars(parser.parse_args())
     try: table = tune(**options)
     except (ImportError, OSError, ValueError) as e: raise SystemExit(f'curve_reweight_tune: {e}') from None
