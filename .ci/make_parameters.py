@@ -6,7 +6,7 @@ import nbformat
 from curve_reweight.setting import parameters_cell
 
 path = Path(__file__).parents[1]/'nbs'/'20_run_setting.ipynb'
-compare = 'compare: bool = True  # run cross-entropy, the clean set alone and the oracle beside the method; grids do not'
+compare = 'compare: bool = True  # run the controls beside the method; grids do not'
 
 if __name__ == '__main__':
     notebook = nbformat.read(path, as_version=4)
