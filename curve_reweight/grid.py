@@ -137,6 +137,7 @@ def _tuned(grid):
     if not path: return lambda method: {}
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as e: raise ValueError(f'tuned {path!r} cannot be read: {getattr(e, "strerror", None) or e}') from None
+    table = table.drop(columns=['val_acc', 'trials'], errors='ignore') # how the search judged, and how long it was
     if 'method' not in table or table.method.duplicated().any(): raise ValueError(f'tuned {path!r}: wanted a column method, each one once')
     lines = {line.pop('method'): line for line in table.to_dict('records')}
     def tuned_for(method):
