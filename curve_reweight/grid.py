@@ -568,9 +568,14 @@ def _gather_table(path, jobs, codes):
     for row in _in_words(_rows(job.folder/'row.json' for job in done)): rows.setdefault(row['key'], {})[row['code']] = row
     fitting = {job.folder.name: _of_setting(rows.get(job.key, {}), job.setting) for job in jobs}
     chosen = [{**_chosen(fitting[name], codes[name]), 'block': job.block} for job in jobs if fitting[name := job.folder.name]]
-    if not chosen: return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, pd.DataFrame(chosen).fillna('').to_csv(index=False))
+    keys = {job.key for job in jobs}
+    others = [row for key, by_code in rows.items() if key not in keys for row in by_code.values()]
+    aside = Path(f'{path}.old')
+    if others: others = [row for by_code in _read_table(aside).values() for row in by_code.values()] + others
+    for file, found in (aside, others), (Path(path), chosen):
+        if not found: continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, pd.DataFrame(found).fillna('').to_csv(index=False))
 
 def _chosen(by_code, code):
     "The row of the present code, or else the one that was there first"

@@ -49,7 +49,7 @@ def plot_loss_curves(
     if groups is None:
         order, k = bias_report(data).observed_count.to_numpy().argsort()[::-1], max(1, data.n_classes//3)
         groups = {'head classes': order[:k], 'tail classes': order[-k:]}
-    _, axs = plt.subplots(1, len(groups), figsize=(5*len(groups), 3.4), dpi=72, sharey=True, squeeze=False)
+    _, axs = plt.subplots(1, len(groups), figsize=(5*len(groups), 3.6), dpi=85, sharey=True, squeeze=False)
     epochs = np.arange(curves.losses.shape[1])
     for ax, (title, classes) in zip(axs[0], groups.items()):
         member = torch.isin(data.train.y.cpu(), torch.as_tensor(np.array(classes)))
@@ -213,7 +213,7 @@ def plot_pictures(
 ):
     "Images of the train set with their labels. Returns the axes."
     rows = -(-len(index)//columns)
-    _, axs = plt.subplots(rows, columns, figsize=(1.15*columns, 1.4*rows), dpi=90, squeeze=False)
+    _, axs = plt.subplots(rows, columns, figsize=(1.15*columns, 1.4*rows), dpi=80, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for ax, image, i in zip(axs.flat, pictures(x, index), index):
         given, true = (data.classes[labels[i]] for labels in (data.train.y, data.true_labels))

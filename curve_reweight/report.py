@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['accuracies', 'baseline', 'references', 'cell_options', 'paper_names', 'table_grids', 'read_rows', 'interval',
-           'full_part', 'variants', 'titled', 'same_cells', 'paired_gain', 'to_markdown', 'bench_table',
-           'that_have_all', 'bench_blocks', 'head_to_head', 'default_variant', 'settings_table', 'notes', 'bench_lines',
-           'bench_caption', 'plot_bench', 'plot_cost', 'duel_lines', 'write_bench', 'cell_settings', 'cell_rows',
-           'report', 'unseen_gains', 'report_markdown', 'plot_report', 'write_report']
+           'full_part', 'variants', 'titled', 'plain_variant', 'same_cells', 'paired_gain', 'to_markdown',
+           'bench_table', 'that_have_all', 'bench_blocks', 'head_to_head', 'default_variant', 'settings_table', 'notes',
+           'bench_lines', 'bench_caption', 'plot_bench', 'plot_cost', 'duel_lines', 'write_bench', 'cell_settings',
+           'cell_rows', 'report', 'unseen_gains', 'report_markdown', 'plot_report', 'write_report']
 
 # %% ../nbs/17_report.ipynb #00ccfdee
 import io, re
@@ -156,6 +156,13 @@ references = 'oracle', 'ceiling' # Methods that know the true labels
 
 def _is_reference(name): return name.split(', ')[0] in references
 
+def plain_variant(
+    rows:pd.DataFrame, # From `read_rows`
+)->str: # A name as `variants` gives them
+    "Plain training with the clean set, or without it where there are no such rows: what a method has to be better than."
+    clean = f'{baseline}, train_on_meta'
+    return clean if clean in set(variants(rows)) else baseline
+
 # %% ../nbs/17_report.ipynb #2f79bc18
 def _by_variant(rows):
     "The rows of every variant"
@@ -246,7 +253,7 @@ def _signed(gain, low=np.nan, high=np.nan):
 # %% ../nbs/17_report.ipynb #2b44a18d
 def bench_table(
     rows:pd.DataFrame, # Of one block of settings, from `read_rows`
-    against:str=baseline, # What gains are over
+    against:str|None=None, # What gains are over; None: `plain_variant`
     value:str='test_acc_last', # Column that is averaged
     costs:pd.DataFrame|None=None, # Columns `method` (method or variant) and `cost`
 )->pd.DataFrame: # A row per method or variant, by MA, `references` last
@@ -254,21 +261,23 @@ def bench_table(
     share, rank, cost, settings, seeds, left_out`. The last counts the cells that were not used.
 
     Raises `ValueError` when no cell has all methods, and as `same_cells` does."""
+    against = against or plain_variant(rows)
     cells, left_out = same_cells(_by_variant(rows), value)
     if cells.empty: raise ValueError(f'no setting has rows of all methods with the same seed: {"; ".join(cells)}')
     means = _seed_means(cells)
     gains = pd.DataFrame({name: _gain(means, name, against) for name in means}).T
     table = pd.DataFrame({'MA': means.mean(), 'sd': means.std()}).join(gains)
     ranked = cells[[name for name in cells if not _is_reference(name)]].rank(axis=1, ascending=False).mean()
-    table = table.assign(share=_share(table.MA), rank=ranked, cost=_costs(costs).reindex(table.index),
+    table = table.assign(share=_share(table.MA, against), rank=ranked, cost=_costs(costs).reindex(table.index),
                          settings=len(cells)//len(means), seeds=len(means), left_out=left_out)
     order = table.assign(last=[_is_reference(name) for name in table.index]).sort_values(['last', 'MA'], ascending=[True, False])
     return table.loc[order.index]
 
-def _share(MA, least=1.):
-    "Share of the way from plain training to the oracle"
-    if not {'ce', 'oracle'} <= set(MA.index) or MA['oracle'] - MA['ce'] < least: return np.nan
-    return (MA - MA['ce'])/(MA['oracle'] - MA['ce'])
+def _share(MA, against, least=1.):
+    "Share of the way from plain training to the oracle that has the clean set too, or not, as it has"
+    oracle = against.replace(baseline, 'oracle', 1) if against.split(', ')[0] == baseline else ''
+    if not {against, oracle} <= set(MA.index) or MA[oracle] - MA[against] < least: return np.nan
+    return (MA - MA[against])/(MA[oracle] - MA[against])
 
 def _costs(costs):
     if costs is None: return pd.Series(dtype=float)
@@ -278,20 +287,21 @@ def _costs(costs):
 # %% ../nbs/17_report.ipynb #455fc54f
 def that_have_all(
     rows:pd.DataFrame, # From `read_rows`
-    against:str=baseline, # Method or variant
+    against:str|None=None, # Method or variant; None: `plain_variant`
 )->pd.DataFrame: # The rows of the methods that have every cell of it
     "Rows of the methods that ran wherever the baseline did."
     parts = _by_variant(rows)
-    cells = pd.MultiIndex.from_frame(_named(parts, against)[_cell])
+    cells = pd.MultiIndex.from_frame(_named(parts, against or plain_variant(rows))[_cell])
     return pd.concat([part for part in parts.values() if cells.isin(pd.MultiIndex.from_frame(part[_cell])).all()]).sort_index()
 
 # %% ../nbs/17_report.ipynb #723a7c10
 def bench_blocks(
     rows:pd.DataFrame, # From `read_rows`
-    against:str=baseline, # Method or variant that ran everywhere
+    against:str|None=None, # Method or variant that ran everywhere; None: `plain_variant`
     least:int=4, # Settings that a kind of noise must have
 )->dict: # Name of the block → its rows, which `bench_table` takes
     "The blocks of settings that rows are read in."
+    against = against or plain_variant(rows)
     blocks = {'all': rows, 'noisy': rows[rows.noise != 'none']}
     kinds = {kind: part for kind, part in rows.groupby('noise_kind') if part.bias.nunique() >= least}
     blocks = {name: part for name, part in {**blocks, **kinds}.items() if name == 'all' or 0 < part.bias.nunique() < rows.bias.nunique()}
@@ -350,10 +360,10 @@ def settings_table(
 # %% ../nbs/17_report.ipynb #cd4727fb
 def notes(
     rows:pd.DataFrame, # From `read_rows`
-    against:str|None=None, # What gains are over; None: plain training with the clean set, without it where there are no such rows
+    against:str|None=None, # What gains are over; None: `plain_variant`
 )->list: # Sentences
     "What rows say against the methods in them: weights that rank the wrong way, and gains that may be none."
-    against = against or (f'{baseline}, train_on_meta' if f'{baseline}, train_on_meta' in set(variants(rows)) else baseline)
+    against = against or plain_variant(rows)
     return [*_wrong_ranks(rows), *_no_gains(bench_table(rows, against), against)]
 
 def _wrong_ranks(rows):
@@ -393,7 +403,7 @@ def bench_lines(
 def bench_caption(
     rows:pd.DataFrame, # That the table is of
     table:pd.DataFrame, # From `bench_table`
-    against:str=baseline, # What its gains are over
+    against:str|None=None, # What its gains are over; None: `plain_variant`
 )->str:
     "What the numbers of a benchmark table are."
     names = rows[['dataset', 'features', 'model']].drop_duplicates()
@@ -402,7 +412,7 @@ def bench_caption(
     out = f' {left} cells (settings × seeds) that lack a method are left out of all.' if left else ''
     spread = 'one seed, so no spread and no interval' if seeds < 2 else f'{seeds} seeds, mean ± standard deviation over them'
     return (f'{data}: mean test accuracy (MA, %) after the last epoch over {settings} settings, {spread}.{out} '
-            f'Gains are over {titled(against)} on the same splits' + (', with a 95% interval over the seeds.' if seeds > 1 else '.'))
+            f'Gains are over {titled(against or plain_variant(rows))} on the same splits' + (', with a 95% interval over the seeds.' if seeds > 1 else '.'))
 
 # %% ../nbs/17_report.ipynb #b2cb3c9d
 def _half(t): return stats.t.ppf(.975, t.seeds - 1)*t.sd/np.sqrt(t.seeds) if t.seeds > 1 else None # Of the 95% interval of MA
@@ -476,7 +486,7 @@ def write_bench(
     folder:str|Path, # Made when it is not there
     name:str, # Of the files
     title:str, # Of the page and the pictures
-    against:str=baseline, # What gains are over
+    against:str|None=None, # What gains are over; None: `plain_variant`
     costs:pd.DataFrame|None=None, # See `bench_table`
     method:str|None=None, # Compared with each of the others; None: the package's default, or else the best
 )->pd.DataFrame: # The benchmark table

@@ -79,7 +79,7 @@ class TrainingSetting:
     pretrained:str = '' # File with weights for the classifier to start from
     init:str = 'default' # Start of the classifier's parameters
     epochs:int = 40 # Epochs of training
-    batch_size:int = 32 # Train samples a step
+    batch_size:int = 64 # Train samples a step
     lr:float = .03 # Highest learning rate
     schedule:str|list = 'curvenet' # Learning rate: a name, or drops in epochs or fractions, such as [[36, 38], 0.1]
     optimizer:object = 'sgd' # sgd, adam, adamw or any other of torch's; from Python also a function: parameters → optimiser

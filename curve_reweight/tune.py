@@ -6,7 +6,7 @@
 __all__ = ['distribution', 'start_of', 'load_tuning', 'space_of', 'first_trial', 'next_trial', 'tune_method', 'read_trials',
            'tune', 'winners', 'main']
 
-# %% ../nbs/15a_tune.ipynb #4f0ce3d9
+# %% ../nbs/15a_tune.ipynb #ba139d2a
 import argparse, ast, logging, time
 from functools import partial
 from pathlib import Path

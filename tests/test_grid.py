@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
+import curve_reweight.experiment as experiment
 import curve_reweight.grid as grid
 from curve_reweight.experiment import run
 from curve_reweight.setting import Setting, facts
@@ -354,10 +355,11 @@ def test_direct_runs_give_the_rows_of_runs_by_themselves(tmp_path, monkeypatch):
 
 def test_a_worker_loads_its_data_once(monkeypatch):
     loaded = []
-    monkeypatch.setattr(grid, 'setting_source', lambda setting: loaded.append(setting.data_root) or len(loaded))
-    monkeypatch.setattr(grid, '_kept', {})
+    monkeypatch.setattr(experiment, 'setting_source', lambda setting: loaded.append(setting.data_root) or len(loaded))
+    experiment._loaded.cache_clear()
     runs = [Setting(seed=seed, data_root=root) for root, seed in (('a', 0), ('a', 1), ('b', 0), ('b', 1), ('a', 2))]
-    assert [grid._source_of(setting) for setting in runs] == [1, 1, 2, 2, 3] and loaded == ['a', 'b', 'a']
+    assert [experiment.loaded_source(setting) for setting in runs] == [1, 1, 2, 2, 3] and loaded == ['a', 'b', 'a']
+    experiment._loaded.cache_clear()
 
 
 @pytest.mark.slow
@@ -437,6 +439,11 @@ def test_rows_of_the_table_count_without_a_folder(tmp_path, monkeypatch):
     (tmp_path/'grids'/'none.yaml').write_text(path.read_text().replace('table: ../results/g.csv', 'name: g'))
     assert grid.run_grid(tmp_path/'grids'/'none.yaml', tmp_path/'there', **how).status.tolist() == ['skipped']*3
     assert pd.read_csv(table).equals(after), 'a grid without a table writes none'
+    # a grid that has become smaller: its other rows are kept beside the table
+    for seeds in 2, 1:
+        path.write_text(re.sub(r'seeds: \d', f'seeds: {seeds}', path.read_text()))
+        grid.run_grid(path, tmp_path/'there', **how)
+    assert len(pd.read_csv(table)) == 1 and pd.read_csv(f'{table}.old').key.tolist() == [jobs[2].key, jobs[1].key]
 
 
 def test_tuned_parameters_reach_the_run(tmp_path):
