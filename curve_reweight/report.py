@@ -145,10 +145,12 @@ def _option_words(option, value):
 def titled(
     name:str, # A method or variant
 )->str:
-    "A method's or variant's name for titles and legends, from the table of methods."
+    """A method's or variant's name for titles and legends, from the table of methods. What trains on the clean set too is the usual case, and
+    only plain training and the oracle say so; others say when they do not."""
     key, *options = name.split(', ')
-    clean = ' + clean set' if 'train_on_meta' in options else ''
-    return ', '.join([find_method(key).title + clean, *(o for o in options if o != 'train_on_meta')])
+    usual, other = (' + clean set', '') if key in ('ce', 'oracle') else ('', ' (clean set apart)')
+    title = find_method(key).title + (usual if 'train_on_meta' in options else other)
+    return ', '.join([title, *(o for o in options if o != 'train_on_meta')])
 
 # %% ../nbs/17_report.ipynb #e18c652b
 baseline = 'ce' # Method that gains are over, unless another one is named
