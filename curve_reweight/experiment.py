@@ -45,7 +45,8 @@ def loaded_source(
     setting:Setting, # The run
 )->Source|RealData:
     "The same, kept in memory for the next run of this process that asks for it."
-    return _loaded(**{name: getattr(setting, name) for name in (*(f.name for f in fields(DataSetting)), 'model', 'features_cache', 'device')})
+    names = *(f.name for f in fields(DataSetting)), 'model', 'features_cache', 'device'
+    return _loaded(**{name: getattr(setting, name) for name in names})
 
 @lru_cache(1)
 def _loaded(**data): return setting_source(make_setting(data))

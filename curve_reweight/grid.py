@@ -372,8 +372,8 @@ def job_status(
 
 # %% ../nbs/15_grid.ipynb #7add03d9
 def _same(row, wanted):
-    """Whether a row has the facts that are wanted; of the data set, the loader's own name is in the row, and what is not in it is newer than
-    the row"""
+    """Whether a row has the facts that are wanted; of the data set, the loader's own name is in the row, and what is not in it is newer
+    than the row"""
     void = {'dataset'}
     if row.get('noise_kind') == 'as_it_came': void |= {'noise_kind', 'noise_rate', 'imbalance_ratio'}
     void |= {f.name for f in fields(ProbeSetting) if row.get(f.name) in (None, '')}

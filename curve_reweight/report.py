@@ -145,8 +145,8 @@ def _option_words(option, value):
 def titled(
     name:str, # A method or variant
 )->str:
-    """A method's or variant's name for titles and legends, from the table of methods. What trains on the clean set too is the usual case, and
-    only plain training and the oracle say so; others say when they do not."""
+    """A method's or variant's name for titles and legends, from the table of methods. What trains on the clean set too is the usual case,
+    and only plain training and the oracle say so; others say when they do not."""
     key, *options = name.split(', ')
     usual, other = (' + clean set', '') if key in ('ce', 'oracle') else ('', ' (clean set apart)')
     title = find_method(key).title + (usual if 'train_on_meta' in options else other)
@@ -414,7 +414,8 @@ def bench_caption(
     out = f' {left} cells (settings × seeds) that lack a method are left out of all.' if left else ''
     spread = 'one seed, so no spread and no interval' if seeds < 2 else f'{seeds} seeds, mean ± standard deviation over them'
     return (f'{data}: mean test accuracy (MA, %) after the last epoch over {settings} settings, {spread}.{out} '
-            f'Gains are over {titled(against or plain_variant(rows))} on the same splits' + (', with a 95% interval over the seeds.' if seeds > 1 else '.'))
+            f'Gains are over {titled(against or plain_variant(rows))} on the same splits' +
+            (', with a 95% interval over the seeds.' if seeds > 1 else '.'))
 
 # %% ../nbs/17_report.ipynb #b2cb3c9d
 def _half(t): return stats.t.ppf(.975, t.seeds - 1)*t.sd/np.sqrt(t.seeds) if t.seeds > 1 else None # Of the 95% interval of MA

@@ -322,8 +322,8 @@ class Task:
         return train(model, data, rule, training, self.meta, self.saved(stage), *watch)
 
     def run_epochs(self, step, learned, stage='train', plan=None, before_end=None, **options):
-        """Train in a way of one's own: `loop.run_epochs` on the train set, with the accuracies of `learned['model']`; `before_end` is called
-        with the epoch before they are taken."""
+        """Train in a way of one's own: `loop.run_epochs` on the train set, with the accuracies of `learned['model']`; `before_end` is
+        called with the epoch before they are taken."""
         def end(epoch):
             if before_end: before_end(epoch)
             return held_out_accuracies(learned['model'], self.data, self.training.precision)
