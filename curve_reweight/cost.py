@@ -52,11 +52,10 @@ def measure_costs(
     first = settings[0]
     same = [s for s in settings if s.seed == first.seed and _bias(s) == _bias(first)]
     names = variants(pd.DataFrame([{**facts(s), 'bias': '', 'noise': s.noise_kind} for s in same]))
+    about = dict(rounds=rounds, setting=' '.join(map(str, _bias(first))), threads=threads, commit=git_commit(), torch=versions()['torch'])
     rows = []
     for name, setting in zip(progress(list(names), 'cost'), same):
         ratios = cost_ratios(setting, rounds, loaded_source(setting) if source is None else source)
-        about = dict(rounds=rounds, setting=' '.join(map(str, _bias(first))), threads=threads)
-        about.update(commit=git_commit(), torch=versions()['torch'])
         rows.append(dict(method=name, cost=statistics.median(ratios), low=min(ratios), high=max(ratios), **about))
     table = pd.DataFrame(rows)
     if out: make_out_dir(Path(out).parent); atomic_write(out, table.to_csv(index=False))
