@@ -568,14 +568,17 @@ def _gather_table(path, jobs, codes):
     for row in _in_words(_rows(job.folder/'row.json' for job in done)): rows.setdefault(row['key'], {})[row['code']] = row
     fitting = {job.folder.name: _of_setting(rows.get(job.key, {}), job.setting) for job in jobs}
     chosen = [{**_chosen(fitting[name], codes[name]), 'block': job.block} for job in jobs if fitting[name := job.folder.name]]
-    keys = {job.key for job in jobs}
-    others = [row for key, by_code in rows.items() if key not in keys for row in by_code.values()]
-    aside = Path(f'{path}.old')
-    if others: others = [row for by_code in _read_table(aside).values() for row in by_code.values()] + others
-    for file, found in (aside, others), (Path(path), chosen):
-        if not found: continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, pd.DataFrame(found).fillna('').to_csv(index=False))
+    aside, still = Path(f'{path}.old'), {(job.key, code) for job in jobs for code in fitting[job.folder.name]}
+    others = {place: row for place, row in _by_place(rows).items() if place not in still}
+    if others: _write_table(aside, {**_by_place(_read_table(aside)), **others}.values())
+    if chosen or others: _write_table(path, chosen)
+
+def _by_place(rows): return {(key, code): row for key, by_code in rows.items() for code, row in by_code.items()}
+
+def _write_table(path, rows):
+    "Rows in words as a CSV, which has its columns even without rows"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, pd.DataFrame(list(rows), columns=None if rows else ['key', 'code']).fillna('').to_csv(index=False))
 
 def _chosen(by_code, code):
     "The row of the present code, or else the one that was there first"
