@@ -6,8 +6,8 @@
 __all__ = ['distribution', 'start_of', 'load_tuning', 'space_of', 'first_trial', 'next_trial', 'tune_method', 'read_trials',
            'tune', 'winners', 'main']
 
-# %% ../nbs/15a_tune.ipynb #ba139d2a
-import argparse, ast, logging, time
+# %% ../nbs/15a_tune.ipynb #b4ac1e7d
+import argparse, ast, hashlib, json, logging, time
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +18,7 @@ import torch
 from .core import atomic_write, git_commit, make_out_dir, versions
 from .experiment import loaded_source, run
 from .grid import code_version, load_grid
-from .setting import Setting, make_setting
-from .weighting import find_method
+from .setting import make_setting
 
 # %% ../nbs/15a_tune.ipynb #8a9e9c17
 def _optuna():
@@ -48,7 +47,7 @@ def start_of(
     return values[0] if isinstance(values, list) else values['start']
 
 # %% ../nbs/15a_tune.ipynb #0c99354e
-_keys = 'name', 'trials', 'seeds', 'fixed', 'space', 'methods'
+_keys = 'name', 'trials', 'seeds', 'fixed', 'space', 'finalists', 'finals', 'methods'
 
 def load_tuning(
     path:str|Path|dict, # YAML file, or what it says
@@ -60,7 +59,10 @@ def load_tuning(
     for key in tuning:
         if key not in _keys: raise ValueError(f'unknown key {key!r} of a tuning; known: {", ".join(_keys)}')
     if not tuning['fixed'].get('val_per_class'): raise ValueError('fixed needs val_per_class: trials are judged by a validation set')
-    for method in tuning['methods']: _setting(tuning, method, first_trial(tuning, method), tuning['seeds'][0])
+    for changes in tuning['finals']:
+        if 'seed' not in changes: raise ValueError(f'a final has a seed, but this one has not: {changes}')
+    for method in tuning['methods']:
+        for changes in {'seed': tuning['seeds'][0]}, *tuning['finals']: _setting(tuning, method, first_trial(tuning, method), changes)
     return tuning
 
 def space_of(
@@ -76,9 +78,9 @@ def first_trial(tuning, method):
     "The parameters of the first trial"
     return {name: start_of(values) for name, values in space_of(tuning, method).items()}
 
-def _setting(tuning, method, params, seed):
+def _setting(tuning, method, params, changes):
     "The setting of a trial"
-    return make_setting({**tuning['fixed'], **params, 'method': method, 'seed': seed})
+    return make_setting({**tuning['fixed'], **params, 'method': method, **changes})
 
 # %% ../nbs/15a_tune.ipynb #e06a6299
 def next_trial(
@@ -104,45 +106,65 @@ def tune_method(
     folder:str|Path, # Where `<method>.csv` is
     threads:int=1, # CPU threads
     source=None, # Own data instead of that of the setting, see `experiment.run`
-)->pd.DataFrame: # A row per trial: `trial, <parameters>, val_acc, test_acc, seconds, code, commit, torch`
-    "Run a method's missing trials. The table is written after each; trials of other code are made again."
+)->pd.DataFrame: # A row per trial: `trial, <parameters>, val_acc, test_acc, seconds, asked, code, commit, torch`, a column per final
+    "Run a method's missing trials and finals. The table is written after each; one of other code or another search goes to `*.csv.old`."
     torch.set_num_threads(threads)
     path, names = Path(folder)/f'{method}.csv', list(space_of(tuning, method))
-    code = code_version(_setting(tuning, method, first_trial(tuning, method), tuning['seeds'][0]))
-    rows = _kept(path, code, names)
+    code = code_version(_setting(tuning, method, first_trial(tuning, method), {'seed': tuning['seeds'][0]}))
+    rows = _kept(path, code, _asked(tuning, method))
+    write = lambda: atomic_write(path, pd.DataFrame(rows).to_csv(index=False))
     while len(rows) < tuning['trials']:
         params = next_trial(tuning, method, [({n: row[n] for n in names}, row['val_acc']) for row in rows])
         started = time.time()
-        val, test = _try(tuning, method, params, source)
-        facts = {'seconds': round(time.time() - started, 1), 'code': code, 'commit': git_commit(), 'torch': versions()['torch']}
+        val, test = _try(tuning, method, params, [{'seed': seed} for seed in tuning['seeds']], source)
+        facts = {'seconds': round(time.time() - started, 1), 'asked': _asked(tuning, method), 'code': code, 'commit': git_commit(),
+                 'torch': versions()['torch']}
         rows.append({'trial': len(rows), **params, 'val_acc': val, 'test_acc': test, **facts})
-        atomic_write(path, pd.DataFrame(rows).to_csv(index=False))
+        write()
+    for row, final in _finals_left(tuning, rows):
+        row[final] = _try(tuning, method, {n: row[n] for n in names}, [_finals(tuning)[final]], source)[0] or 0.
+        write()
     return pd.DataFrame(rows)
+
+def _asked(tuning, method):
+    "What all trials of a method depend on but its code, in ten letters"
+    facts = tuning['seeds'], tuning['fixed'], space_of(tuning, method)
+    return hashlib.sha1(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+
+def _finals(tuning):
+    "Column of the table of trials → what is other in that final"
+    return {' '.join(['val_acc'] + [f'{n}={value}' for n, value in changes.items()]): changes for changes in tuning['finals']}
+
+def _finals_left(tuning, rows):
+    "Pairs (row, final) that are still to be run: the best trials by validation accuracy, the first of equals"
+    best = sorted((row for row in rows if row['val_acc'] is not None), key=lambda row: -row['val_acc'])[:tuning['finalists']]
+    return [(row, final) for row in best for final in _finals(tuning) if row.get(final) is None]
 
 def read_trials(
     path:str|Path, # A table of trials
 )->pd.DataFrame: # Parameters to the last digit and in their types; None where nothing is
     "Read what `tune_method` wrote."
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for name in table.columns.difference(['code', 'commit', 'torch']): table[name] = pd.Series(map(_value, table[name]), dtype=object)
+    for name in table.columns.difference(['asked', 'code', 'commit', 'torch']): table[name] = pd.Series(map(_value, table[name]), dtype=object)
     return table
 
 def _value(word):
     try: return ast.literal_eval(word) if word else None
     except (SyntaxError, ValueError): return word
 
-def _kept(path, code, names):
-    "Rows of a table of trials, of the present code and space"
+def _kept(path, code, asked):
+    "Rows of a table of trials, of the present code and search; a table of others is set aside"
     if not path.exists(): return []
     table = read_trials(path)
-    if not {*names, 'code', 'val_acc'} <= {*table} or not (table.code == code).all(): return []
-    return table.to_dict('records')
+    if {'code', 'asked'} <= {*table} and (table.code == code).all() and (table.asked == asked).all(): return table.to_dict('records')
+    path.replace(path.with_suffix('.csv.old'))
+    return []
 
-def _try(tuning, method, params, source):
+def _try(tuning, method, params, all_changes, source):
     "Mean accuracies of a trial on validation and test set; None when the loss ran away"
     rows = []
-    for seed in tuning['seeds']:
-        setting = _setting(tuning, method, params, seed)
+    for changes in all_changes:
+        setting = _setting(tuning, method, params, changes)
         try: rows.append(run(setting, loaded_source(setting) if source is None else source).row)
         except FloatingPointError: return None, None
     return tuple(sum(row[name] for row in rows)/len(rows) for name in ('val_acc_last', 'test_acc_last'))
@@ -154,7 +176,7 @@ def tune(
     workers:int=1, # Methods at the same time
     threads:int|None=None, # CPU threads for each; None: the cores over `workers`
     methods:list|None=None, # Methods to search for now; None: all
-)->pd.DataFrame: # A row per method that has all its trials: the winner's parameters, `val_acc`, `trials`
+)->pd.DataFrame: # A row per method that has all its trials and finals, see `winners`
     "Run what is missing of a search, and choose. Raises `OSError`, `ValueError` or `ImportError` before anything runs."
     tuning = load_tuning(path)
     methods = [*tuning['methods']] if methods is None else methods
@@ -167,7 +189,7 @@ def tune(
     joblib.Parallel(workers, 'loky', batch_size=1)(joblib.delayed(do)(method) for method in methods)
     files = {method: folder/f'{method}.csv' for method in tuning['methods']}
     trials = {method: read_trials(file) for method, file in files.items() if file.exists()}
-    table = winners(tuning, {method: found for method, found in trials.items() if len(found) == tuning['trials']})
+    table = winners(tuning, {method: found for method, found in trials.items() if _is_done(tuning, found)})
     atomic_write(Path(out)/f"{tuning['name']}.csv", table.to_csv(index=False))
     return table
 
@@ -175,16 +197,22 @@ def _tuned(tuning, method, folder, threads):
     "A job of a worker"
     return tune_method(tuning, method, folder, threads)
 
+def _is_done(tuning, table):
+    "Whether a table has all trials and finals"
+    return len(table) >= tuning['trials'] and not _finals_left(tuning, table.to_dict('records'))
+
 def winners(
     tuning:dict, # See `load_tuning`
     trials:dict, # Method → table of its trials
-)->pd.DataFrame: # A row per method: `method`, the winner's parameters, `val_acc`, `trials`
-    "The trial of each method with the highest validation accuracy, the first of equals. Raises `ValueError` when all losses ran away."
+)->pd.DataFrame: # A row per method: `method`, the winner's parameters, `val_acc` (the mean), `trials`
+    """The finalist of each method with the highest mean of its validation accuracies, the first of equals. Raises `ValueError` when all
+    losses ran away."""
     rows = []
     for method, table in trials.items():
         if table.val_acc.isna().all(): raise ValueError(f'{method}: the loss ran away in all {len(table)} trials')
-        best = table.loc[table.val_acc.astype(float).idxmax()]
-        rows.append({'method': method, **{n: best[n] for n in space_of(tuning, method)}, 'val_acc': best.val_acc, 'trials': len(table)})
+        mean = table[['val_acc', *_finals(tuning)]].astype(float).mean(axis=1, skipna=False)
+        best = table.loc[mean.idxmax()]
+        rows.append({'method': method, **{n: best[n] for n in space_of(tuning, method)}, 'val_acc': mean.max(), 'trials': len(table)})
     return pd.DataFrame(rows)
 
 # %% ../nbs/15a_tune.ipynb #df4bdbb8
