@@ -9,7 +9,7 @@ __all__ = ['focal_factor', 'Focal', 'focal', 'ClassBalanced', 'class_balanced_lo
            'early_stopped', 'fine_tuning', 'corruption_matrix', 'LossCorrection', 'glc', 'small_losses', 'co_teaching',
            'two_classifiers', 'har_strengths', 'held_out_errors', 'block_norms', 'har_loss', 'har']
 
-# %% ../nbs/11a_baselines.ipynb #6e9051ee
+# %% ../nbs/11a_baselines.ipynb #c8e9a61d
 import copy
 from dataclasses import replace
 from functools import partial
@@ -18,15 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastcore.meta import delegates
 from torch import nn
 
 from .core import rng
 from .corruption import BiasedData, with_meta
-from .data import Samples
 from .loop import Memory, Plan, accuracy, predict, probabilities
 from .probe import LossCurves
-from .train import Learner, TrainResult, class_balanced, make_result, take_step
+from .train import Learner, class_balanced, make_result, take_step
 from .weighting import Batch, Weighting, apply_weights, logit_gradient, method
 
 # %% ../nbs/11a_baselines.ipynb #25b451e3

@@ -7,8 +7,8 @@ __all__ = ['sources', 'part_names', 'cifar10_classes', 'cifar10_similar', 'cifar
            'cifar100_coarse', 'human_keys', 'clothing_classes', 'clothing_lists', 'food101_origin', 'RealData',
            'mnist5k', 'mnist5k_shifted', 'locate', 'class_index', 'small_pixels', 'read_parts', 'cifar10', 'cifar100',
            'load_arrays', 'human_labels', 'cifar10n', 'cifar100n', 'read_rows', 'clothing1m', 'food101n',
-           'image_folder', 'clean_folder', 'list_folder', 'cifar10_jpeg', 'read_manifest', 'hold_out', 'csv_manifest',
-           'load_source']
+           'image_folder', 'clean_folder', 'list_folder', 'cifar10_jpeg', 'cifar10_jpeg_small', 'read_manifest',
+           'hold_out', 'csv_manifest', 'load_source']
 
 # %% ../nbs/01a_datasets.ipynb #13e61873
 import csv, functools, os, pickle
@@ -430,6 +430,15 @@ def cifar10_jpeg(
         wanted = ', '.join(cifar10_classes)
         raise ValueError(f'{root}: wanted train and test with the folders {wanted}; other images are read by clean_folder')
     return replace(source, name='cifar10_jpeg', similar=cifar10_similar)
+
+@add_to(sources, 'cifar10_jpeg_small')
+def cifar10_jpeg_small(
+    root:str|Path, # As for `cifar10_jpeg`
+)->Source:
+    "The first 1,000 train images of each class and all test images: what can be trained on pixels without a GPU."
+    source = cifar10_jpeg(root)
+    first = torch.cat([torch.where(source.pool.y == c)[0][:1000] for c in range(10)])
+    return replace(source, name='cifar10_jpeg_small', pool=source.pool.take(first))
 
 # %% ../nbs/01a_datasets.ipynb #0afcb155
 def read_manifest(
