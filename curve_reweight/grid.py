@@ -220,11 +220,20 @@ def _folder_name(words): return '-'.join(re.sub(r'[^\w.+]+', '_', word) for word
 
 # %% ../nbs/15_grid.ipynb #c813c071
 def _bare(tree):
-    "The tree without docstrings"
+    "The tree without docstrings and guards"
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            node.body[:1] = [] if node.body[1:] else [ast.Pass()]
+        spoken = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None
+        if spoken: del node.body[0]
+        for part in 'body', 'orelse', 'finalbody':
+            if isinstance(getattr(node, part, None), list): setattr(node, part, [n for n in getattr(node, part) if not _is_guard(n)])
+        if getattr(node, 'body', None) == []: node.body = [ast.Pass()]
     return tree
+
+def _is_guard(node):
+    "Whether a statement can do nothing but end the run"
+    if isinstance(node, ast.For): return not node.orelse and all(map(_is_guard, node.body))
+    names_something = any(isinstance(n, ast.NamedExpr) for n in ast.walk(node))
+    return isinstance(node, ast.If) and not node.orelse and not names_something and all(isinstance(n, ast.Raise) for n in node.body)
 
 def _defined(node):
     "Names that a statement of a module defines or changes"
