@@ -2,7 +2,8 @@
 __version__ = "0.1.0"
 
 _where = {'Setting': 'setting', 'run': 'experiment', 'Source': 'data', 'make_samples': 'data', 'make_biased': 'corruption',
-          'biased_from_samples': 'corruption', 'normalise_curves': 'curves', 'Weighting': 'weighting', 'MWNet': 'weighting', 'CurveNet': 'weighting'}
+          'biased_from_samples': 'corruption', 'ReweightedClassifier': 'estimator', 'normalise_curves': 'curves',
+          'Weighting': 'weighting', 'MWNet': 'weighting', 'CurveNet': 'weighting'}
 __all__ = list(_where)
 
 
