@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['setting_source', 'loaded_source', 'setting_data', 'setting_training', 'Run', 'fingerprint', 'train_images',
-           'cached_probe', 'needed_probe', 'run', 'write_run', 'rank_by_weight', 'main']
+           'cached_probe', 'needed_probe', 'run', 'write_run', 'suspects', 'write_contact_sheet', 'main']
 
-# %% ../nbs/14_experiment.ipynb #33cc824c
+# %% ../nbs/14_experiment.ipynb #52469ebd
 import hashlib, json, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -25,11 +25,12 @@ from .data import ImageFiles, Source
 from .datasets import RealData, load_source
 from .evaluate import accuracy_per_class, accuracy_summary, noise_auc
 from .features import with_features
-from .loop import Plan, Precision, Training, predict
+from .loop import Plan, Precision, Training, predict, probabilities
 from .models import create_model
 from .probe import LossCurves, probe, probe_plan
 from .setting import BiasSetting, DataSetting, Setting, circumstances, facts, make_setting, method_source, parse_args
 from .setting import setting_meta
+from .suspects import contact_sheet, rank_labels
 from .train import Task, TrainResult
 
 # %% ../nbs/14_experiment.ipynb #bfb7dbb5
@@ -174,7 +175,7 @@ def run(
     curves:LossCurves|None=None, # A probe of the same data made before, to be used again
 )->Run:
     """Run a setting: bias, probe where the method needs it, train, evaluate; with an `out_dir`, write `row.json`, `history.csv`,
-    `weights.csv` and `curves.npz` there, go on from a checkpoint where there is one, and keep other runs out. Raises `ValueError` or
+    `suspects.csv` and `curves.npz` there, go on from a checkpoint where there is one, and keep other runs out. Raises `ValueError` or
     `OSError` with one sentence before work starts."""
     if setting.out_dir: make_out_dir(setting.out_dir)
     with lock(setting.out_dir) if setting.out_dir else nullcontext(): return _run(setting, source, model_fn, curves)
@@ -272,32 +273,44 @@ def write_run(
     "Write a run's files; `row.json` last."
     out = Path(out_dir)
     atomic_write(out/'history.csv', done.result.history.to_csv(index=False))
-    if done.result.weights is not None: atomic_write(out/'weights.csv', rank_by_weight(done).to_csv(index=False))
+    atomic_write(out/'suspects.csv', suspects(done).to_csv(index=False))
     if done.curves is not None: done.curves.save(out/'curves.npz')
     if done.data.noise_rows is not None:
         buffer = BytesIO(); np.save(buffer, done.data.noise_rows)
         atomic_write(out/'noise_rows.npy', buffer.getvalue())
     write_json(out/'row.json', done.row)
 
-def rank_by_weight(
-    done:Run, # A run with weights
-)->pd.DataFrame: # Columns `index, [name,] label, weight`
-    "Train samples by weight, lowest first: position in the source's pool, file where there is one, observed label, weight."
-    names = {} if done.data.names is None else {'name': done.data.names}
-    labels = np.array(done.data.classes)[done.data.train.y]
-    table = pd.DataFrame({'index': done.data.index_train, **names, 'label': labels, 'weight': done.result.weights})
-    return table.sort_values('weight', kind='stable', ignore_index=True)
+def suspects(
+    done:Run, # A run
+)->pd.DataFrame: # See `rank_labels`
+    "Train samples, those first whose label the trained model believes least."
+    model = done.result.model
+    chances = probabilities(model, done.data.train.to(next(model.parameters()).device))
+    return rank_labels(done.data, chances, done.result.weights, done.curves)
+
+def write_contact_sheet(
+    setting:Setting, # Of the run
+    done:Run, # A run
+    path:str|Path, # HTML file to write
+):
+    "The first suspects as pictures, see `contact_sheet`; nothing where the data are no images."
+    images = train_images(setting, done.data)
+    positions = {index: place for place, index in enumerate(done.data.index_train)}
+    if images is not None: contact_sheet(suspects(done), images, positions, path)
 
 # %% ../nbs/14_experiment.ipynb #cde7c1db
 def main():
     """Run the setting of the command line and print its accuracy. A bad value or an unwritable folder ends with one sentence and a non-zero
     exit status."""
     setting = parse_args()
-    try: row = run(setting).row
+    try:
+        done = run(setting)
+        if setting.out_dir: write_contact_sheet(setting, done, Path(setting.out_dir)/'suspects.html')
     except (FloatingPointError, OSError, ValueError) as e: raise SystemExit(f'curve_reweight: {e}') from None
     except KeyboardInterrupt:
         print('curve_reweight: interrupted' + (', the same command goes on from here' if setting.out_dir else ''), file=sys.stderr)
         raise SystemExit(130) from None
+    row = done.row
     auc = '' if row['noise_auc'] is None else f", clean/noisy AUC {row['noise_auc']:.3f}"
     accuracy = f"test accuracy {row['test_acc_last']:.2f} (mean of the last five epochs {row['test_acc_last5']:.2f})"
     print(f"{row['method']} on {setting.dataset}: {accuracy}{auc}")

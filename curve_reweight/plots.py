@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['clean_noisy', 'plot_class_counts', 'plot_loss_curves', 'plot_weights', 'plot_confusion', 'plot_weight_function',
            'plot_target_weights', 'plot_weight_variation', 'plot_class_weight_change', 'plot_increased',
-           'increased_by_class', 'pictures', 'plot_pictures']
+           'increased_by_class', 'plot_pictures']
 
-# %% ../nbs/13_plots.ipynb #33978d03
+# %% ../nbs/13_plots.ipynb #61f1d310
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,9 +15,9 @@ import seaborn as sns
 import torch
 
 from .corruption import BiasedData, bias_report
-from .data import ImageFiles, ImageTensor, read_image
 from .evaluate import confusion
 from .probe import LossCurves
+from .suspects import pictures
 
 # %% ../nbs/13_plots.ipynb #6e40b434
 clean_noisy = {'clean': '#3b7dd8', 'noisy': '#f2a03d'} # Colours of the two kinds of samples
@@ -195,18 +195,9 @@ def increased_by_class(
     grew = torch.cat([new > (first if first.ndim == 2 else first[:, None]) for _, first, new in watch])
     return grew[y[index] == label].double().mean(0)
 
-# %% ../nbs/13_plots.ipynb #511a0880
-def pictures(
-    x, # `ImageTensor`, `ImageFiles` or images `[N, channels, height, width]`
-    index, # Positions `[k]`
-)->list: # Arrays `[height, width]` or `[height, width, 3]`
-    "Some images, to be drawn."
-    if isinstance(x, ImageFiles): return [np.asarray(read_image(x.paths[i])) for i in index]
-    some = (x.pixels if isinstance(x, ImageTensor) else x)[torch.as_tensor(index)].cpu()
-    return [image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy() for image in some]
-
+# %% ../nbs/13_plots.ipynb #56a027db
 def plot_pictures(
-    x, # See `pictures`
+    x, # See `suspects.pictures`
     index, # Positions `[k]` of the images, in order
     data:BiasedData, # The labels that belong to them
     columns:int=10, # Images in a row

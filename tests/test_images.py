@@ -44,7 +44,7 @@ def test_resnet32_on_jpegs_from_end_to_end(jpegs, tmp_path):
     done = run(Setting(**few, drop_epochs=0, data_root=str(jpegs), out_dir=str(tmp_path), probe_cache=str(tmp_path/'cache')))
     assert done.row['dataset'] == 'cifar10_jpeg' and done.row['n_test'] == 100 and 100 < done.row['n_train'] < 180
     assert done.row['realised_noise_rate'] > .2 and 0 <= done.row['test_acc_last'] <= 100
-    assert {'row.json', 'history.csv', 'weights.csv', 'curves.npz'} <= {p.name for p in tmp_path.iterdir()}
+    assert {'row.json', 'history.csv', 'suspects.csv', 'curves.npz'} <= {p.name for p in tmp_path.iterdir()}
 
 
 def test_online_and_skipped_layers_on_jpegs(jpegs):

@@ -123,4 +123,4 @@ def test_papermill_command_writes_its_files(root, tmp_path):
     done = python('-m', 'papermill', str(root/'nbs'/'20_run_setting.ipynb'), str(tmp_path/'n.ipynb'), '-p', 'epochs', '3', '-p', 'probe_epochs', '6',
                   '-p', 'method', 'mwnet', '-p', 'out_dir', str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {'row.json', 'history.csv', 'weights.csv', 'comparison.csv'} <= {p.name for p in tmp_path.iterdir()}
+    assert {'row.json', 'history.csv', 'suspects.csv', 'comparison.csv'} <= {p.name for p in tmp_path.iterdir()}

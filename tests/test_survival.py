@@ -86,7 +86,7 @@ def test_killed_at_20_random_moments_ends_in_the_same_row(whole, tmp_path):
         kills += kill(process) == -signal.SIGKILL
     assert kills == 20, 'the run was over before the last kill: make it longer'
     assert finish(tmp_path) == expected
-    for name in 'history.csv', 'weights.csv': assert (tmp_path/name).read_bytes() == (undisturbed/name).read_bytes()
+    for name in 'history.csv', 'suspects.csv': assert (tmp_path/name).read_bytes() == (undisturbed/name).read_bytes()
     assert not list(tmp_path.glob('*.pt')) and not list(tmp_path.glob('*.part')) and not (tmp_path/'probe_losses.f32').exists()
 
 
