@@ -157,7 +157,9 @@ def _kept(path, code, asked):
     if not path.exists(): return []
     table = read_trials(path)
     if {'code', 'asked'} <= {*table} and (table.code == code).all() and (table.asked == asked).all(): return table.to_dict('records')
-    path.replace(path.with_suffix('.csv.old'))
+    old = path.with_suffix('.csv.old')
+    atomic_write(old, (old.read_text() if old.exists() else '') + path.read_text())
+    path.unlink()
     return []
 
 def _try(tuning, method, params, all_changes, source):
