@@ -6,8 +6,8 @@
 __all__ = ['backends', 'load_grid', 'setting_key', 'expand', 'Job', 'make_jobs', 'code_version', 'job_status', 'run_job',
            'gather', 'estimate_seconds', 'find_notebook', 'run_grid', 'parse_grid_args', 'grid_report', 'main']
 
-# %% ../nbs/15_grid.ipynb #b80bb20c
-import argparse, ast, hashlib, importlib.util, io, itertools, json, os, re, signal, subprocess, sys, threading, time, traceback, typing
+# %% ../nbs/15_grid.ipynb #2116eec0
+import argparse, ast, hashlib, importlib.util, io, itertools, json, math, os, re, signal, subprocess, sys, threading, time, traceback, typing
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
 from contextlib import ExitStack, nullcontext
@@ -715,6 +715,7 @@ def run_grid(
     threads:int|None=None, # CPU threads a run; None: this machine's cores over `workers`, and on slurm those of the job
     slurm:dict|None=None, # For `executor.update_parameters`, timeout_min among them, and `cluster`
     any_code:bool=False, # Take finished runs of other code as done
+    confirm:int=0, # Of rows of other code, run only this many of each kind, and take over the rest where these come out the same
     direct:bool=False, # Run in the worker processes themselves, without a notebook for each: for many short runs
 )->pd.DataFrame: # One line a run: `block, run, status, seconds, error`; seconds are guessed, status is skipped where it was done before
     """Run what is missing of a grid and gather its rows. Raises `ValueError`, `OSError` or `ImportError` with one sentence before anything
@@ -722,9 +723,10 @@ def run_grid(
     folder, jobs, committed = _jobs_of(path, runs)
     backend = backend or ('loky' if direct else 'threading')
     _check_options(workers, devices, backend, retry, threads, slurm, direct, notebook)
+    if confirm and (confirm < 0 or any_code or not committed): raise ValueError('confirm is how many rows of a table to run again')
     notebook = None if direct else find_notebook(notebook, _must_have(jobs, devices))
     codes = {job.folder.name: None if any_code else code_version(job.setting) for job in jobs}
-    table = _plan(jobs, codes, committed, folder)
+    table, old = _plan(jobs, codes, committed, folder), _read_table(committed)
     if dry_run: return table.reset_index(drop=True)
     def collect():
         gather(folder)
@@ -738,8 +740,11 @@ def run_grid(
             if done[job.folder.name]: write_json(job.folder/'run.json', {**_read(job.folder/'run.json'), 'block': job.block})
         left = _seed_by_seed([job for job in jobs if not done[job.folder.name] and table.status[job.folder.name] != 'in table'], jobs)
         how = dict(backend=backend, workers=workers, folder=folder, slurm=slurm, direct=direct)
+        kinds = _of_other_code(left, table, old, codes) if confirm else {}
+        if confirm: left = [job for kind in kinds.values() for job in kind[::math.ceil(len(kind)/confirm)]]
         try: _run_all(left, do, retry, table, _now_and_then(collect), **how)
         finally: collect()
+        for (was, now), kind in kinds.items(): _confirm(committed, kind, old, was, now, table)
     return table.reset_index(drop=True)
 
 # %% ../nbs/15_grid.ipynb #c42bf0e5
@@ -793,6 +798,34 @@ def _now_and_then(do, seconds=60):
         do()
         due = time.monotonic() + max(seconds, 20*(time.monotonic() - begun))
     return maybe
+
+# %% ../nbs/15_grid.ipynb #c4938660
+def _of_other_code(left, table, old, codes):
+    "The jobs that have only a row of other code: (code of the row, present code) → jobs"
+    kinds = {}
+    for job in left:
+        if table.status[job.folder.name] != 'other code': continue
+        for was in list(_of_setting(old.get(job.key, {}), job.setting))[:1]: kinds.setdefault((was, codes[job.folder.name]), []).append(job)
+    return kinds
+
+def _result(row):
+    "What a run found, without when, where and by which code"
+    void = 'block', 'run', 'code', 'commit', 'threads', 'device_name'
+    return {name: value for name, value in row.items() if value and name not in void and not name.startswith(('seconds_', 'versions.'))}
+
+def _confirm(path, kind, old, was, now, table):
+    "Take rows over into the present code if those of their kind that were run again came out the same"
+    rows = _read_table(path)
+    again = [job for job in kind if now in rows.get(job.key, {})]
+    pairs = [(job, _result(old[job.key][was]), _result(rows[job.key][now])) for job in again]
+    for job, before, after in pairs:
+        differing = [f'{name} is {after.get(name)}, was {before[name]}' for name in before if after.get(name) != before[name]]
+        if differing: table.loc[job.folder.name, ['status', 'error']] = 'differs', '; '.join(differing[:3])
+    if not pairs or any(table.status[job.folder.name] == 'differs' for job in again): return
+    taken = {job.key for job in kind}
+    for key in taken: rows[key] = {now: {**row, 'code': now} for row in rows[key].values()}
+    table.loc[[job.folder.name for job in kind if job not in again], 'status'] = 'in table'
+    _write_table(path, _by_place(rows).values())
 
 # %% ../nbs/15_grid.ipynb #5f9be856
 def _check_options(workers, devices, backend, retry, threads, slurm, direct, notebook):
@@ -855,6 +888,7 @@ def parse_grid_args(
     how = 'for submitit: timeout_min=600 slurm_partition=gpu …, cluster=local to try it'
     add('--slurm', nargs='+', action='extend', metavar='KEY=VALUE', help=how)
     add('--any-code', action='store_true', help='take finished runs of other code as done')
+    add('--confirm', type=int, default=0, metavar='N', help='run N of each kind of row of other code again, take the rest over where these agree')
     given = vars(parser.parse_args(args))
     try: given['slurm'] = {k: yaml.safe_load(v) for k, v in (word.split('=', 1) for word in given['slurm'] or ())} or None
     except (ValueError, yaml.YAMLError): parser.error('--slurm wants KEY=VALUE')

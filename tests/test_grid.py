@@ -446,6 +446,31 @@ def test_rows_of_the_table_count_without_a_folder(tmp_path, monkeypatch):
     assert len(pd.read_csv(table)) == 1 and pd.read_csv(f'{table}.old').key.tolist() == [jobs[2].key, jobs[1].key]
 
 
+def test_rows_of_changed_code_are_confirmed_by_a_few_runs(tmp_path, monkeypatch):
+    path, table = tmp_path/'g.yaml', tmp_path/'g.csv'
+    path.write_text(yaml.safe_dump({'table': 'g.csv', 'seeds': 3, 'product': {'method': ['ce', 'gdw']}}))
+    jobs, accuracy = grid.make_jobs(grid.load_grid(path), tmp_path/'here'/'g'), {'ce': 90.5, 'gdw': 80.25}
+    for job in jobs: finish(job, f'old {job.setting.method}', test_acc_last=accuracy[job.setting.method], commit='first')
+    monkeypatch.setattr(grid, 'code_version', lambda setting: f'old {setting.method}')
+    grid.run_grid(path, tmp_path/'here', direct=True)
+    monkeypatch.setattr(grid, 'code_version', lambda setting: f'new {setting.method}')
+    def run_all(left, *rest, **how):
+        ran.append([job.folder.name for job in left])
+        for job in left: finish(job, f'new {job.setting.method}', test_acc_last=accuracy[job.setting.method], commit='second', new_one=1)
+    ran = []
+    monkeypatch.setattr(grid, '_run_all', run_all)
+    accuracy['gdw'] = 80.26
+    after = grid.run_grid(path, tmp_path/'there', direct=True, confirm=1)
+    assert len(ran[0]) == 2, 'one of each kind'
+    rows = pd.read_csv(table)
+    assert rows[rows.method == 'ce'].code.tolist() == ['new ce']*3 and rows[rows.method == 'ce'].commit.tolist() == ['second', 'first', 'first']
+    assert rows[rows.method == 'gdw'].code.tolist() == ['new gdw', 'old gdw', 'old gdw']
+    assert after.status.tolist().count('differs') == 1 and after.error.max() == 'test_acc_last is 80.26, was 80.25'
+    again = grid.run_grid(path, tmp_path/'third', dry_run=True, direct=True).status.tolist()
+    assert again.count('in table') == 4 and again.count('other code') == 2
+    with pytest.raises(ValueError, match='confirm is how many rows'): grid.run_grid(path, tmp_path/'there', direct=True, confirm=1, any_code=True)
+
+
 def test_tuned_parameters_reach_the_run(tmp_path):
     (tmp_path/'tuned.csv').write_text('method,lr,epochs,clip\nce,0.01,,\ngdw,0.02,3.0,0.1\n')
     (tmp_path/'g.yaml').write_text('tuned: tuned.csv\nfixed: {lr: 0.5}\nproduct: {method: [ce, gdw]}\n')
