@@ -1,4 +1,4 @@
-"`python -m curve_reweight`: the command line, see nbs/14_experiment.ipynb."
-from .experiment import main
+"`python -m curve_reweight`: the command line, see nbs/19_command.ipynb."
+from .command import main
 
 main()

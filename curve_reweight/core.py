@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rng', 'seed_everything', 'random_state', 'set_random_state', 'batches', 'get_device', 'compile_function',
-           'make_out_dir', 'atomic_write', 'write_json', 'save_checkpoint', 'load_checkpoint', 'Checkpoints', 'lock',
-           'versions', 'git_commit', 'in_notebook', 'progress']
+           'make_out_dir', 'atomic_write', 'csv_text', 'write_json', 'save_checkpoint', 'load_checkpoint',
+           'Checkpoints', 'lock', 'versions', 'git_commit', 'in_notebook', 'progress']
 
 # %% ../nbs/00_core.ipynb #3191d98a
 import hashlib, importlib.metadata, io, json, os, platform, random, signal, subprocess, sys, tempfile, threading, time, warnings, zlib
@@ -101,7 +101,8 @@ def atomic_write(
     path = Path(path)
     temp = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        with open(temp, 'wb') as f:
+        _remove(temp) # left by a process that was killed, or a link that somebody put there
+        with open(temp, 'xb') as f:
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush(); os.fsync(f.fileno())
         if previous is not None and path.exists(): os.replace(path, previous)
@@ -113,6 +114,15 @@ def atomic_write(
 def _remove(path):
     try: path.unlink()
     except OSError: pass # not there, or not ours to remove: what failed before is what the user has to know
+
+# %% ../nbs/00_core.ipynb #372ca649
+def csv_text(
+    table, # A frame of pandas
+)->str:
+    "A table as CSV without its index; words that a spreadsheet would take for a formula begin with an apostrophe."
+    def safe(value): return "'" + value if isinstance(value, str) and value[:1] in tuple('=+-@\t\r') else value
+    words = table.select_dtypes(exclude=['number', 'bool'])
+    return table.assign(**{name: words[name].map(safe) for name in words}).to_csv(index=False)
 
 # %% ../nbs/00_core.ipynb #1ec222b3
 def write_json(
@@ -260,7 +270,8 @@ def lock(
 ):
     "Keep other processes out of `out_dir`. Raises `BlockingIOError` with the holder's process id, `OSError` when it cannot be locked."
     path = Path(out_dir)/'.lock'
-    try: f = open(path, 'a+')
+    def opener(path, flags): return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666) # a link would have another file emptied
+    try: f = open(path, 'a+', opener=opener)
     except OSError as e: raise type(e)(f'out_dir {str(out_dir)!r} cannot be locked: {e.strerror}') from None
     with f:
         try: _os_lock(f)

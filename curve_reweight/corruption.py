@@ -198,6 +198,9 @@ def check_map(
 )->dict:
     "The map with integer keys. Raises `ValueError` when it is missing or names a class that does not exist."
     if not noise_map: raise ValueError('asymmetric noise needs noise_map, a map from class to class such as {2: 7, 3: 8}')
+    for pair in noise_map.items():
+        if any(not float(c).is_integer() for c in pair): raise ValueError(f'noise_map sends {pair[0]} to {pair[1]}, but classes are whole numbers')
+        if int(pair[0]) == int(pair[1]): raise ValueError(f'noise_map sends class {pair[0]} to itself, which is no noise: leave it out')
     noise_map = {int(i): int(j) for i, j in noise_map.items()}
     wrong = [c for pair in noise_map.items() for c in pair if not 0 <= c < n_classes]
     if wrong: raise ValueError(f'noise_map names class {wrong[0]}; there are classes 0 to {n_classes - 1}')
@@ -381,7 +384,7 @@ class BiasedData:
     "A noisy, imbalanced train set with a clean meta set and a test set."
     train: Samples # Observed (noisy) labels
     meta: Samples # Clean and balanced
-    test: Samples # Clean
+    test: Samples|None # Clean; None: there are none
     true_labels: torch.Tensor # True labels `[N]` of the train set; for evaluation only
     matrix: np.ndarray|None # P `[C, C]` that the noise was drawn from, the class averages of `noise_rows`; None: labels are as they came
     classes: tuple # Class names `[C]`
@@ -392,6 +395,8 @@ class BiasedData:
     names: np.ndarray|None=None # What each train sample is called `[N]`, such as its file
     val: Samples|None=None # Clean, to choose settings and epochs by, where the data set has such a part
     noise_rows: np.ndarray|None=None # Probabilities `[N, C]` that each label was drawn from; None: row `matrix[true label]`
+    test_names: np.ndarray|None=None # What each test sample is called `[n]`
+    reader: object=None # Brings later inputs into the form of these; None: `data.reader_of` the train samples
 
     @property
     def n_classes(self): return len(self.classes)
@@ -418,9 +423,8 @@ class BiasedData:
 
     def to(self, device):
         "The data on a device."
-        val = None if self.val is None else self.val.to(device)
-        return replace(self, train=self.train.to(device), meta=self.meta.to(device), test=self.test.to(device), val=val,
-                       true_labels=self.true_labels.to(device))
+        parts = {name: getattr(self, name) for name in ('train', 'meta', 'test', 'val')}
+        return replace(self, true_labels=self.true_labels.to(device), **{name: part and part.to(device) for name, part in parts.items()})
 
 # %% ../nbs/02_corruption.ipynb #24a230b3
 def bias_report(
@@ -455,6 +459,7 @@ def make_biased(
     draw_seed:int=0, # Draws the wrong labels
 )->BiasedData:
     "Bias a source. Raises `ValueError` with one sentence for anything out of range."
+    _check_classes(source.classes)
     check_noise(noise_kind, exact_noise, noise_map=noise_map, noise_matrix=noise_matrix, noise_rows=noise_rows)
     C, true = source.n_classes, source.pool.y.numpy()
     observed, stay, meta, val = true.copy(), np.arange(len(true)), np.arange(0), None
@@ -476,9 +481,15 @@ def make_biased(
     if rows is not None: P = np.stack([rows[true[stay] == c].mean(0) for c in range(C)])
     train = Samples(source.pool.x[stay], torch.from_numpy(observed[stay]))
     return BiasedData(train, source.pool.take(meta), source.test, torch.from_numpy(true[stay]), P, source.classes, stay, meta,
-                      name=source.name, val=None if val is None else source.pool.take(val), noise_rows=rows)
+                      name=source.name, val=None if val is None else source.pool.take(val), noise_rows=rows, reader=source.reader)
 
-# %% ../nbs/02_corruption.ipynb #b1269cc7
+# %% ../nbs/02_corruption.ipynb #32848d53
+def _check_classes(classes):
+    "Refuse what are no classes to tell apart"
+    if len(classes) < 2: raise ValueError(f'there is one class only, {classes[0]!r}' if classes else 'there are no classes')
+    for c in classes:
+        if list(classes).count(c) > 1: raise ValueError(f'two classes are called {c!r}')
+
 def _bias_steps(order, meta_per_class):
     "The steps of `bias_order`, without the meta set where there is none"
     if meta_per_class < 0: raise ValueError(f'meta_per_class is {meta_per_class}, it must be 0 or more')
@@ -514,11 +525,18 @@ def with_meta(
 def biased_from_samples(
     train:Samples, # To train on, labels of unknown quality
     meta:Samples|None, # A few verified samples of each class, none of them in `train`; None: there are none
-    test:Samples, # Verified, for the accuracy
+    test:Samples|None, # Verified, for the accuracy; None: there are none
     classes, # Class names `[C]`
     val:Samples|None=None, # Verified, to choose settings and epochs by; None: there are none
 )->BiasedData:
-    "Biased data from samples as they are. Raises `ValueError` when a class has no meta sample or no training sample."
+    """Biased data from samples as they are. Raises `ValueError` when a class has no meta sample or no training sample, and when the same samples stand
+    in two parts."""
+    _check_classes(classes)
+    parts = {'train': train, 'meta': meta, 'test': test, 'val': val}
+    for name, samples in parts.items():
+        for other in list(parts)[:list(parts).index(name)]:
+            if samples is not None and parts[other] is not None and samples.x is parts[other].x:
+                raise ValueError(f'the {name} set and the {other} set are the same samples')
     checked = {'train': train} if meta is None else {'meta': meta, 'train': train}
     for name, samples in checked.items():
         missing = np.flatnonzero(np.bincount(samples.y, minlength=len(classes)) == 0)
@@ -540,7 +558,8 @@ def biased_from_real(
     made = biased_from_samples(real.train.take(stay), meta, real.test, real.classes, real.val)
     known = real.true_labels is not None
     return replace(made, true_labels=real.true_labels[stay] if known else made.train.y, truth_known=known, index_train=stay,
-                   index_meta=index_meta, name=real.name, names=None if real.names is None else real.names[stay])
+                   index_meta=index_meta, name=real.name, names=None if real.names is None else real.names[stay], test_names=real.test_names,
+                   reader=real.reader)
 
 def _meta_of(real, meta_per_class, seed):
     "Meta set or None, its positions (behind the train set's end where it comes from elsewhere), and the positions that stay to train on"

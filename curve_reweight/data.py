@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['image_formats', 'train_crops', 'imagenet_mean', 'imagenet_sd', 'Samples', 'make_samples', 'scale_shift', 'normalise',
-           'check_norm', 'mean_std', 'crop_table', 'ImageTensor', 'read_image', 'check_images', 'add_to', 'random_crop',
-           'centre_crop', 'ReadImages', 'stack_images', 'ImageFiles', 'stream', 'Source', 'digits']
+           'check_norm', 'mean_std', 'crop_table', 'ImageTensor', 'read_image', 'broken_images', 'check_images',
+           'add_to', 'random_crop', 'centre_crop', 'ReadImages', 'stack_images', 'ImageFiles', 'stream', 'are_paths',
+           'Reader', 'reader_of', 'Source', 'digits']
 
-# %% ../nbs/01_data.ipynb #4595321c
+# %% ../nbs/01_data.ipynb #f823340f
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -51,18 +53,31 @@ def make_samples(
 )->Samples:
     "Checked `Samples`: float32 inputs or images, int64 labels. Raises `ValueError` when they do not fit together or hold NaN."
     images = hasattr(x, 'batches')
-    x, y = x if images else torch.as_tensor(np.asarray(x)), np.asarray(y)
+    for what, given in ('inputs', x), ('labels', y):
+        if isinstance(given, np.ma.MaskedArray): raise ValueError(f'{name}: {what} are a masked array: leave the masked samples out')
+    x, y = x if images else torch.as_tensor(_numbers(x, name)), np.asarray(y)
     if y.ndim != 1 or len(x) != len(y):
         raise ValueError(f'{name}: one label per input is wanted, got inputs {tuple(x.shape)} and labels {y.shape}')
     if len(y) == 0: raise ValueError(f'{name}: there are no samples')
     labels = _checked_labels(y, n_classes, name)
     if images: return Samples(x, labels.to(x.device))
+    if x.ndim == 4 and x.shape[1] not in (1, 2, 3, 4) and x.shape[3] in (1, 3, 4):
+        raise ValueError(f'{name}: images are {tuple(x.shape)}, and channels come first here, as in x.transpose(0, 3, 1, 2)')
     x = x.float()
     bad = ~x.flatten(1).isfinite().all(1) if x.ndim > 1 else ~x.isfinite()
     if bad.any():
         first = int(bad.int().argmax())
         raise ValueError(f'{name}: {int(bad.sum())} inputs hold NaN or infinity, the first at position {first}')
     return Samples(x, labels)
+
+def _numbers(x, name):
+    "Inputs as an array of real numbers, or a `ValueError`"
+    try: found = x if isinstance(x, torch.Tensor) else np.asarray(x)
+    except ValueError: raise ValueError(f'{name}: inputs differ in size, wanted the same number of values for each') from None
+    if isinstance(found, np.ndarray) and found.dtype.kind not in 'biuf': raise ValueError(f'{name}: inputs are of type {found.dtype}, wanted real numbers')
+    if isinstance(found, torch.Tensor) and found.is_complex(): raise ValueError(f'{name}: inputs are of type {found.dtype}, wanted real numbers')
+    if found.ndim == 0: raise ValueError(f'{name}: inputs are a single number, wanted one row for each sample')
+    return found
 
 def _checked_labels(y, n_classes, name):
     "Labels as int64, or a `ValueError`"
@@ -150,6 +165,8 @@ class ImageTensor:
         self.pixels = torch.as_tensor(self.pixels)
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4:
             raise ValueError(f'images must be uint8 [N, C, H, W], got {self.pixels.dtype} {tuple(self.pixels.shape)}')
+        if self.pixels.shape[1] not in (1, 2, 3, 4) and self.pixels.shape[3] in (1, 3, 4):
+            raise ValueError(f'images are {tuple(self.pixels.shape)}, and channels come first here, as in pixels.permute(0, 3, 1, 2)')
         self.pixels = self.pixels.contiguous()
         self.mean, self.sd = check_norm(self.mean, self.sd, self.pixels.shape[1])
         self.crops # so a pad that does not fit is met now
@@ -187,8 +204,10 @@ def read_image(
 )->Image.Image:
     "An image, upright and RGB. Raises `ValueError` that names the path when the file is missing, damaged or no image."
     try:
+        if Path(path).exists() and not Path(path).is_file(): raise ValueError('it is no file')
         with Image.open(path, formats=image_formats) as image:
             if draft: image.draft('RGB', (1, 1))
+            if max(image.size) > 50*min(image.size): raise ValueError(f'it has {image.width}×{image.height} pixels, and one side at most 50 times the other is wanted')
             if image.mode[0] in 'IF': raise ValueError(f'its pixels are of type {image.mode}; save it with 8 bits a channel')
             image = ImageOps.exif_transpose(image)
             if 'transparency' in image.info: image = image.convert('RGBA')
@@ -198,22 +217,28 @@ def read_image(
     except Exception as e: reason = str(e) # damaged files raise anything from OSError to SyntaxError
     raise ValueError(f'{path} cannot be read: {reason}')
 
-# %% ../nbs/01_data.ipynb #0630e4c1
-def check_images(
+# %% ../nbs/01_data.ipynb #a3faef06
+def broken_images(
     paths, # Image files `[n]`
-    rows=None, # The row of each in the list it comes from `[n]`; None: counted from 1
-):
-    "Decode every image once. Raises `ValueError` that counts the bad ones and names the first three with row and reason."
-    paths = np.asarray(paths, str)
-    rows, bad = range(1, len(paths) + 1) if rows is None else rows, []
+)->dict: # Position → what is wrong with the image
+    "Decode every image once, and tell which cannot be read."
+    paths, bad = np.asarray(paths, str), {}
     def problem(path):
         try: read_image(path, draft=True)
         except ValueError as e: return str(e)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in progress(range(0, len(paths), 1000), 'checking images'):
-            part = slice(start, start + 1000)
-            bad += [f'row {row}: {p}' for row, p in zip(rows[part], pool.map(problem, paths[part])) if p]
-    if bad: raise ValueError(f'{len(bad)} of {len(paths)} images are bad: {"; ".join(bad[:3])}{"; …" if len(bad) > 3 else ""}')
+            bad |= {start + i: p for i, p in enumerate(pool.map(problem, paths[start:start + 1000])) if p}
+    return bad
+
+def check_images(
+    paths, # Image files `[n]`
+    rows=None, # The row of each in the list it comes from `[n]`; None: counted from 1
+):
+    "Decode every image once. Raises `ValueError` that counts the bad ones and names the first twenty with row and reason."
+    rows = range(1, len(paths) + 1) if rows is None else rows
+    bad = [f'row {rows[i]}: {problem}' for i, problem in broken_images(paths).items()]
+    if bad: raise ValueError(f'{len(bad)} of {len(paths)} images are bad: {"; ".join(bad[:20])}{"; …" if len(bad) > 20 else ""}')
 
 # %% ../nbs/01_data.ipynb #92a92e7c
 def add_to(
@@ -325,6 +350,55 @@ def stream(
     else: pairs = ((index, x[place(index)]) for index in islice(index_batches, skip, None))
     for index, inputs in pairs: yield index, inputs, y[place(index)]
 
+# %% ../nbs/01_data.ipynb #cedf8bfd
+def are_paths(
+    X, # Anything
+)->bool:
+    "Whether these are paths of files: a list, array or series of words or `Path`s."
+    listed = isinstance(X, (list, tuple)) or getattr(X, 'ndim', 0) == 1 and not isinstance(X, torch.Tensor)
+    return listed and len(X) > 0 and all(isinstance(x, (str, Path)) for x in X)
+
+@dataclass(frozen=True)
+class Reader:
+    """How inputs that come later are brought into the form of those in a data set: called with them, gives float32 `[n, …]`, an `ImageTensor`
+    or an `ImageFiles`. Raises `ValueError` with one sentence for what cannot be brought into it."""
+    shape: tuple # Of one input: (channels, height, width) of an image, (d,) of a vector
+    mean: tuple|None=None # Of each channel of images, in 0–1; None: inputs are numbers as they come
+    sd: tuple|None=None # Of each channel of images, in 0–1
+    cut: bool=False # Files may have any size, and are resized and cut as in the test; otherwise images have the shape
+
+    def __call__(self, X):
+        if are_paths(X): return self._read([str(path) for path in X])
+        x = X if isinstance(X, torch.Tensor) else torch.as_tensor(np.asarray(X))
+        if x.ndim == len(self.shape) and self.shape[:1] == (1,): x = x[:, None] # grey images without their channel
+        wanted = '×'.join(map(str, self.shape))
+        if tuple(x.shape[1:]) != self.shape: raise ValueError(f'inputs are {tuple(x.shape)}, wanted n×{wanted} as in the training')
+        if self.mean is None: return x.float()
+        if x.dtype != torch.uint8: raise ValueError(f'images are wanted as bytes, uint8, as in the training, and these are {x.dtype}')
+        return ImageTensor(x, self.mean, self.sd, pad=0, flip=False)
+
+    def _read(self, paths):
+        "Images from files"
+        if self.mean is None: raise ValueError(f'the classifier takes numbers, {self.shape} an input, and not files')
+        if not self.cut: return ImageTensor(torch.stack([self._whole(path) for path in progress(paths, 'reading images')]), self.mean, self.sd, 0, False)
+        check_images(paths)
+        return ImageFiles(paths, self.shape[1], mean=self.mean, sd=self.sd)
+
+    def _whole(self, path):
+        "An image of the shape `[channels, height, width]`, uint8"
+        image = read_image(path).convert('L' if self.shape[0] == 1 else 'RGB')
+        if (image.height, image.width) != self.shape[1:]:
+            raise ValueError(f'{path} has {image.width}×{image.height} pixels, and the images of the training had {self.shape[2]}×{self.shape[1]}')
+        return v2.functional.pil_to_tensor(image)
+
+def reader_of(
+    x, # Inputs of a data set: a tensor `[n, …]`, an `ImageTensor` or an `ImageFiles`
+)->Reader:
+    "What brings later inputs into the form of these."
+    if isinstance(x, ImageTensor): return Reader(tuple(x.shape[1:]), x.mean, x.sd)
+    if isinstance(x, ImageFiles): return Reader(tuple(x.shape[1:]), x.mean, x.sd, cut=True)
+    return Reader(tuple(x.shape[1:]))
+
 # %% ../nbs/01_data.ipynb #15a80cca
 @dataclass(frozen=True)
 class Source:
@@ -335,6 +409,7 @@ class Source:
     name: str='own' # Written into every result row
     similar: dict|None=None # Class → the class that people take it for, for asymmetric noise
     groups: np.ndarray|None=None # Super-class of each class `[C]`, for hierarchical noise
+    reader: object=None # Brings later inputs into the form of these; None: `reader_of` the pool
 
     @property
     def n_classes(self): return len(self.classes)

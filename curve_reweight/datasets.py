@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['sources', 'part_names', 'cifar10_classes', 'cifar10_similar', 'cifar_norm', 'cifar100_groups', 'cifar100_classes',
            'cifar100_coarse', 'human_keys', 'clothing_classes', 'clothing_lists', 'food101_origin', 'RealData',
-           'mnist5k', 'mnist5k_shifted', 'locate', 'class_index', 'small_pixels', 'read_parts', 'cifar10', 'cifar100',
-           'load_arrays', 'human_labels', 'cifar10n', 'cifar100n', 'read_rows', 'clothing1m', 'food101n',
-           'image_folder', 'clean_folder', 'list_folder', 'cifar10_jpeg', 'cifar10_jpeg_small', 'read_manifest',
-           'hold_out', 'csv_manifest', 'load_source']
+           'mnist5k', 'mnist5k_shifted', 'locate', 'class_index', 'small_pixels', 'read_parts', 'without_broken',
+           'cifar10', 'cifar100', 'load_arrays', 'human_labels', 'cifar10n', 'cifar100n', 'read_rows', 'clothing1m',
+           'food101n', 'image_folder', 'clean_folder', 'list_folder', 'cifar10_jpeg', 'cifar10_jpeg_small',
+           'read_manifest', 'hold_out', 'csv_manifest', 'load_source']
 
-# %% ../nbs/01a_datasets.ipynb #13e61873
-import csv, functools, os, pickle
+# %% ../nbs/01a_datasets.ipynb #a7ecb5da
+import csv, functools, hashlib, os, pickle, warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -20,10 +21,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torchvision
+from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from .core import progress, rng
-from curve_reweight.data import (ImageFiles, ImageTensor, Samples, Source, add_to, check_images, digits, make_samples, mean_std,
+from curve_reweight.data import (ImageFiles, ImageTensor, Samples, Source, add_to, broken_images, check_images, digits, make_samples, mean_std,
     read_image)
 
 # %% ../nbs/01a_datasets.ipynb #f969c477
@@ -32,13 +34,15 @@ class RealData:
     "A data set whose train labels are noisy as they come."
     train: Samples # To train on, labels of unknown quality
     meta: Samples|None # Verified samples that somebody chose as a meta set, none of them in `train`; None: to be drawn
-    test: Samples # Verified, for the accuracy
+    test: Samples|None # Verified, for the accuracy; None: there are none
     val: Samples|None # Verified, to choose settings by, where the data set has such a part
     classes: tuple # Class names `[C]`, in label order
     true_labels: torch.Tensor|None=None # True labels `[n]` of `train`, where the data set knows them
     name: str='own' # Written into every result row
     names: np.ndarray|None=None # What each train sample is called `[n]`, such as its file
     verified: Samples|None=None # A large verified part, none of it in `train`, to draw a meta set from
+    test_names: np.ndarray|None=None # What each test sample is called `[n]`
+    reader: object=None # Brings later inputs into the form of these; None: `data.reader_of` the train samples
 
     @property
     def n_classes(self): return len(self.classes)
@@ -108,18 +112,34 @@ def small_pixels(
     rows=None, # The row of each in the list it comes from `[n]`, for errors
     largest:int=64, # Pixels a side
 )->torch.Tensor|None: # Pixels `[n, 3, height, width]`, uint8; None when the images are larger or of several sizes
-    "Read small images into memory. Raises `ValueError` that counts the damaged files and names the first."
+    """Read small images into memory. Raises `ValueError` that counts the damaged files and names the first, or that names an odd one where most are small
+    and of one size."""
     pixels = None
     for i, path in enumerate(progress(paths, 'reading images')):
         try: image = np.asarray(read_image(path))
         except ValueError: check_images(paths, rows); raise
         if pixels is None and max(image.shape) <= largest: pixels = np.empty((len(paths), *image.shape), np.uint8)
-        if pixels is None or image.shape != pixels.shape[1:]: return None
+        if pixels is None: return None
+        if image.shape != pixels.shape[1:]:
+            _refuse_odd_one(paths, largest)
+            return None
         pixels[i] = image
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
+# %% ../nbs/01a_datasets.ipynb #498af0e3
+def _refuse_odd_one(paths, largest):
+    "Refuse images of several sizes most of which are small and of one size: all would be enlarged for the sake of a few"
+    sizes = []
+    for path in paths:
+        with Image.open(path) as image: sizes.append(image.size)
+    usual, count = Counter(sizes).most_common(1)[0]
+    odd = next(i for i, size in enumerate(sizes) if size != usual)
+    if count > len(sizes)/2 and max(usual) <= largest:
+        raise ValueError(f'{len(sizes) - count} of {len(sizes)} images are not of {usual[0]}×{usual[1]} pixels like the rest, the first of them {paths[odd]} with '
+                         f'{sizes[odd][0]}×{sizes[odd][1]}: leave them out, or say by image_size to what size all shall be brought')
+
 # %% ../nbs/01a_datasets.ipynb #06d77b65
-part_names = 'train', 'meta', 'val', 'test' # What an image of a list may belong to; train and test are a must
+part_names = 'train', 'meta', 'val', 'test' # What an image of a list may belong to; train is a must
 
 def read_parts(
     name:str, # Name of the data set, for errors
@@ -131,10 +151,10 @@ def read_parts(
     size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
     crop:str='random', # How large training images are cut, a key of `train_crops`
 )->dict: # Part → its `Samples`; None where there is no image of it
-    """Read or check all images and sort them into the parts. Raises `ValueError` for damaged images, when there is nothing to train on or
-    to test, and when a crop is given for images that are small."""
-    for p in 'train', 'test':
-        if not (part == p).any(): raise ValueError(f'{name}: there is no {p} image')
+    """Read or check all images and sort them into the parts. Raises `ValueError` for damaged images, when there is nothing to train on, and when
+    a crop is given for images that are small."""
+    if not (part == 'train').any(): raise ValueError(f'{name}: there is no train image')
+    _check_apart(name, paths, part)
     pixels = small_pixels(paths, rows) if size is None else None
     if pixels is None:
         check_images(paths, rows)
@@ -144,6 +164,30 @@ def read_parts(
     def samples(p):
         return make_samples(x[np.flatnonzero(part == p)], y[part == p], n_classes, p) if p in part else None
     return {p: samples(p) for p in part_names}
+
+# %% ../nbs/01a_datasets.ipynb #9740442c
+def _check_apart(name, paths, part):
+    "Refuse files of the same content in two parts; only those of the same length are read"
+    of_length = {}
+    for i, path in enumerate(paths): of_length.setdefault(os.path.getsize(path), []).append(i)
+    for members in of_length.values():
+        if len(set(part[members])) < 2: continue
+        seen = {}
+        for i in members:
+            other = seen.setdefault(hashlib.sha256(Path(paths[i]).read_bytes()).digest(), i)
+            if part[other] != part[i]: raise ValueError(f'{name}: {paths[other]} ({part[other]}) and {paths[i]} ({part[i]}) are the same image')
+
+def without_broken(
+    skip:bool, # Whether to leave broken images out; otherwise nothing is done
+    paths, # Image files `[n]`
+    *columns, # What belongs to them `[n]`
+)->tuple: # All of these for the images that can be read
+    "Leave broken images out, with a warning that names them."
+    bad = broken_images(paths) if skip else {}
+    if not bad: return paths, *columns
+    warnings.warn(f'{len(bad)} of {len(paths)} images are left out: {"; ".join(bad.values())}')
+    good = np.setdiff1d(np.arange(len(paths)), list(bad))
+    return [paths[i] for i in good], *(c[good] for c in columns)
 
 # %% ../nbs/01a_datasets.ipynb #e6dcaa1e
 cifar10_classes = 'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'
@@ -309,7 +353,7 @@ clothing_lists = 'noisy_train', 'clean_train', 'clean_val', 'clean_test' # Its p
 @add_to(sources, 'clothing1m')
 def clothing1m(
     root:str|Path, # Folder that holds `annotations` and `images`
-    size:int=224, # Pixels a side that the model sees
+    image_size:int=224, # Pixels a side that the model sees
     crop:str='random', # How training images are cut, a key of `train_crops`; Meta-Weight-Net: centre
     verify:bool=False, # Decode every image once
 )->RealData: # `verified` are the 47,570 images of the clean train part
@@ -319,9 +363,10 @@ def clothing1m(
     y = class_index(labels, [str(c) for c in range(14)], where)
     paths, part = np.array(locate(root, keys, where)), np.array(part)
     if verify: check_images(paths)
-    def samples(p): return make_samples(ImageFiles(paths[part == p], size, crop), y[part == p], 14, p)
+    def samples(p): return make_samples(ImageFiles(paths[part == p], image_size, crop), y[part == p], 14, p)
     train, verified, val, test = map(samples, clothing_lists)
-    return RealData(train, None, test, val, clothing_classes, name='clothing1m', names=train.x.paths, verified=verified)
+    return RealData(train, None, test, val, clothing_classes, name='clothing1m', names=train.x.paths, verified=verified,
+                    test_names=test.x.paths)
 
 def _clothing_lists(folder):
     "Of all images of Clothing1M: name, label, list, row in that list"
@@ -341,7 +386,7 @@ def _clothing_lists(folder):
 def food101n(
     root:str|Path, # Folder of Food-101N, which holds `meta` and `images`
     food101:str|Path|None=None, # Folder of Food-101; None: `food-101` in `root` or beside it
-    size:int=224, # Pixels a side that the model sees
+    image_size:int=224, # Pixels a side that the model sees
     crop:str='random', # How training images are cut, a key of `train_crops`
     verify:bool=False, # Decode every image once
 )->RealData: # `verified` are the train images whose labels people found right
@@ -355,12 +400,13 @@ def food101n(
         def where(i): return f'{list_name} row {first + i}: {keys[i]}'
         y, paths = class_index([key.split('/')[0] for key in keys], classes, where), locate(folder/'images', keys, where)
         if verify: check_images(paths, range(first, first + len(keys)))
-        return make_samples(ImageFiles(paths, size, crop), y, len(classes), list_name)
+        return make_samples(ImageFiles(paths, image_size, crop), y, len(classes), list_name)
     every = samples(root, 'imagelist.tsv', 2, keys)
     test = samples(food101, 'test.txt', 1, [f'{key}.jpg' for key, in listed])
     right, val = (np.array([v.get(key) == '1' for key in keys]) for v in verdicts)
     train = every.take(~(right | val))
-    return RealData(train, None, test, every.take(val & ~right), classes, name='food101n', names=train.x.paths, verified=every.take(right))
+    return RealData(train, None, test, every.take(val & ~right), classes, name='food101n', names=train.x.paths, verified=every.take(right),
+                    test_names=test.x.paths)
 
 food101_origin = 'the test set is Food-101 (https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101)'
 
@@ -378,39 +424,49 @@ def _food101_folder(root):
 # %% ../nbs/01a_datasets.ipynb #656669b1
 @add_to(sources, 'image_folder')
 def image_folder(
-    root:str|Path, # Folder that holds `train` and `test`, and `meta` and `val` where verified images are known
-    size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
+    root:str|Path, # Folder that holds `train`, and `test`, `meta` and `val` where verified images are known
+    image_size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
     crop:str='random', # How large training images are cut, a key of `train_crops`
+    skip_broken:bool=False, # Leave broken images out, see `without_broken`
 )->RealData:
     "Images in one folder per class, with labels as they are. Raises what `list_folder` and `read_parts` raise."
     paths, y, part, classes = list_folder(root)
-    read = read_parts('image_folder', paths, y, part, len(classes), size=size, crop=crop)
-    return RealData(**read, classes=classes, name='image_folder', names=np.asarray(paths)[part == 'train'])
+    paths, y, part = without_broken(skip_broken, paths, y, part)
+    read = read_parts('image_folder', paths, y, part, len(classes), size=image_size, crop=crop)
+    return RealData(**read, classes=classes, name='image_folder', **_names_of(paths, part))
+
+def _names_of(paths, part): return {name: np.asarray(paths)[part == p] for name, p in (('names', 'train'), ('test_names', 'test'))}
 
 @add_to(sources, 'clean_folder')
 def clean_folder(
     root:str|Path, # Folder that holds `train` and `test`
-    size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
+    image_size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
     crop:str='random', # How large training images are cut, a key of `train_crops`
+    skip_broken:bool=False, # Leave broken images out, see `without_broken`
 )->Source:
     "Images in one folder per class, whose labels are right. Raises what `list_folder` and `read_parts` raise."
     paths, y, part, classes = list_folder(root)
-    read = read_parts('clean_folder', paths, y, part, len(classes), size=size, crop=crop)
+    paths, y, part = without_broken(skip_broken, paths, y, part)
+    read = read_parts('clean_folder', paths, y, part, len(classes), size=image_size, crop=crop)
+    if read['test'] is None: raise FileNotFoundError(f'{Path(root)/"test"} is missing or empty: labels that are right are made noisy to compare methods, and that is done on a test set')
     return Source(read['train'], read['test'], classes, 'clean_folder')
 
 def list_folder(
-    root:str|Path, # Folder that holds `train` and `test`, perhaps `meta` and `val`, each with one folder per class
+    root:str|Path, # Folder that holds `train`, perhaps `test`, `meta` and `val`, each with one folder per class
 )->tuple: # Image files `[n]`, labels `[n]`, parts `[n]`, class names `[C]`
-    "Images by their folders. Raises `FileNotFoundError` for missing parts, `ValueError` for unknown classes and links out of `root`."
+    "Images by their folders. Raises `FileNotFoundError` without a train part, `ValueError` for unknown classes and links out of `root`."
     root = Path(root)
-    for part in 'train', 'test':
-        if (root/part).is_dir(): continue
-        raise FileNotFoundError(f'{root/part} is missing: wanted train/<class>/… and test/<class>/…, and meta/<class>/… and val/<class>/… '
+    if not (root/'train').is_dir():
+        raise FileNotFoundError(f'{root/"train"} is missing: wanted train/<class>/…, and test/<class>/…, meta/<class>/… and val/<class>/… '
                                 'where verified images are known')
-    names = []
+    names, walked = [], {}
     for part in part_names:
         for folder, _, files in os.walk(root/part, followlinks=True):
+            other = walked.setdefault(os.path.realpath(folder), folder)
+            if other != folder: raise ValueError(f'{folder} is the folder {other} again, by a link')
             names += [os.path.join(os.path.relpath(folder, root), file) for file in files]
+    for name in names:
+        if not name.isprintable(): raise ValueError(f'the name {name!r} is not UTF-8, or has signs that cannot be printed: rename the file or its folder')
     names = sorted(name for name in names if f'{os.sep}.' not in name) # hidden ones are no images
     paths, pieces = locate(root, names), [name.split(os.sep) for name in names]
     for name, p in zip(names, pieces):
@@ -459,6 +515,8 @@ def read_manifest(
         if len(row) != len(header): raise ValueError(f'{path.name} row {i}: wanted {len(header)} fields, got {len(row)}')
         for column, field in zip(header, row):
             if not field and column != 'true_label': raise ValueError(f'{path.name} row {i}: {column} is empty')
+            if 'label' in column and field.lower() in ('nan', 'none', 'null', '<na>'):
+                raise ValueError(f'{path.name} row {i}: {column} is {field!r}, which programs write where a label is missing')
     return pd.DataFrame(list(rows.values()), list(rows), header, dtype=str)
 
 # %% ../nbs/01a_datasets.ipynb #39bb1c14
@@ -478,9 +536,11 @@ def hold_out(
 @add_to(sources, 'csv')
 def csv_manifest(
     path:str|Path, # CSV file with the columns `path,label[,split][,true_label]`
-    size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
+    image_size:int|None=None, # Pixels a side that the model sees; None: images of one size up to 64 stay as they are, others get 224
     crop:str='random', # How large training images are cut, a key of `train_crops`
     classes=None, # Class names in label order; None: the labels of the train rows, numbers in their order, words in the alphabet's
+    image_root:str|Path|None=None, # Folder that every image must lie in, and that their paths begin at; None: that of the list
+    skip_broken:bool=False, # Leave broken images out, see `without_broken`
     test_share:float=.2, # See `hold_out`, where there is no column `split`
     seed:int=0, # The same
 )->RealData:
@@ -488,16 +548,20 @@ def csv_manifest(
     that names the row."""
     path, table = Path(path), read_manifest(path)
     def where(i): return f'{path.name} row {table.index[i]}: {table.path.iloc[i]}'
-    paths, label = locate(path.parent, table.path.tolist(), where), table.label.to_numpy()
+    if image_root and not Path(image_root).is_dir(): raise FileNotFoundError(f'there is no folder {str(image_root)!r}')
+    paths, rows = locate(image_root or path.parent, table.path.tolist(), where), np.arange(len(table))
+    paths, rows = without_broken(skip_broken, paths, rows)
+    table = table.iloc[rows]
+    label = table.label.to_numpy()
     given = table.true_label.to_numpy() if 'true_label' in table else np.full(len(table), '')
     true = np.where(given != '', given, label)
     part = table.split.to_numpy() if 'split' in table else hold_out(true, test_share, seed)
     train, known = _check_rows(part, given != '', where)
     classes = _classes_of(label[train], true[train]) if classes is None else tuple(map(str, classes))
     y = class_index(np.where(train, label, true), classes, where)
-    read = read_parts('csv', paths, y, part, len(classes), table.index, size, crop)
+    read = read_parts('csv', paths, y, part, len(classes), table.index, image_size, crop)
     true_labels = torch.from_numpy(class_index(true, classes, where)[train]) if known else None
-    return RealData(**read, classes=classes, true_labels=true_labels, name='csv', names=np.asarray(paths)[train])
+    return RealData(**read, classes=classes, true_labels=true_labels, name='csv', **_names_of(paths, part))
 
 def _check_rows(part, given, where):
     "Which rows are trained on `[n]`, and whether these have true labels"
@@ -512,6 +576,9 @@ def _check_rows(part, given, where):
 def _classes_of(*labels):
     "All labels there are, numbers in their order, words in the alphabet's"
     found = set(np.concatenate(labels))
+    numbers = {}
+    for c in sorted(filter(str.isdecimal, found)):
+        if numbers.setdefault(int(c), c) != c: raise ValueError(f'the classes {numbers[int(c)]!r} and {c!r} are the same number: write it in one way')
     return tuple(str(c) for c in sorted(found, key=int if all(c.isdecimal() for c in found) else str))
 
 # %% ../nbs/01a_datasets.ipynb #e360a4c6

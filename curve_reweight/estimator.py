@@ -159,7 +159,9 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
         every = make_samples(self.inputs_(X), labels, len(self.classes_), 'X')
         train = every.take(np.flatnonzero(~clean))
         meta = every.take(np.flatnonzero(clean)) if clean.any() else None
-        if X_clean is not None: meta = self._clean_samples(X_clean, y_clean)
+        if X_clean is not None:
+            meta = self._clean_samples(X_clean, y_clean)
+            if _overlap(meta.x, train.x): raise ValueError('X_clean holds the same rows as X: say by clean_mask which rows of X are checked')
         done = self._run(train, meta)
         self.model_, self.history_ = done.result.model.cpu().eval(), done.result.history.drop(columns=['test_acc'])
         chances = probabilities(self.model_, every)
@@ -190,12 +192,13 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
         own = {'method': self.method, 'epochs': self.epochs, 'probe_epochs': self.epochs, 'batch_size': self.batch_size, 'lr': self.lr,
                'device': self.device, 'seed': int(check_random_state(self.random_state).randint(2**31))}
         if not callable(self.model): own['model'] = self.model or self.inputs_.model
+        largest = int(torch.bincount(train.y).max())
+        own['low_loss_per_class'] = max(1, min(Setting.low_loss_per_class, largest//2)) # all of a class are no choice
         setting = Setting(**{**own, **(self.settings or {})})
         if meta is None and (setting.declared.learns or setting.declared.needs_clean):
             warnings.warn(f'there are no checked samples: {setting.declared.title} takes the {setting.low_loss_per_class} of each class '
                           'with the lowest loss in a probe instead')
-        watched = meta or train.take(np.arange(min(100, len(train.y)))) # a run follows its accuracy on something
-        data = biased_from_samples(train, meta, watched, tuple(map(str, self.classes_)))
+        data = biased_from_samples(train, meta, None, tuple(map(str, self.classes_)))
         return run(setting, data, self.model if callable(self.model) else None)
 
     def _checked(self, X, y):
@@ -207,6 +210,9 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
             if y is None: raise ValueError('requires y to be passed, but the target y is None')
             y = column_or_1d(y, warn=True)
             if len(y) != len(X): raise ValueError(f'there are {len(X)} inputs and {len(y)} labels')
+        missing = pd.isna(y)
+        if missing.any(): raise ValueError(f'y has {missing.sum()} missing labels, the first of them in row {missing.argmax()}')
+        _check_types(y)
         check_classification_targets(y)
         return X, y
 
@@ -227,6 +233,18 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         return tags
+
+def _check_types(y):
+    "Refuse labels that cannot be put in an order"
+    try: np.unique(y)
+    except TypeError: raise ValueError(f'labels in y are of several types: {", ".join(sorted({type(label).__name__ for label in y}))}') from None
+
+def _overlap(a, b):
+    "Whether two sets of inputs have images in common, or are the same vectors"
+    if isinstance(a, ImageFiles): return bool({*a.paths} & {*b.paths})
+    a, b = (x.pixels if isinstance(x, ImageTensor) else x for x in (a, b))
+    if a.ndim == 2: return a.shape == b.shape and torch.equal(a, b) # rows of a table may well be equal
+    return bool({row.tobytes() for row in a.numpy()} & {row.tobytes() for row in b.numpy()})
 
 def _from_dataset(X):
     "Inputs and labels of a torch `Dataset`; anything else as it is, without labels"

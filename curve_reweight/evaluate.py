@@ -12,10 +12,11 @@ from sklearn.metrics import confusion_matrix, roc_auc_score
 
 # %% ../nbs/12_evaluate.ipynb #ebdd6623
 def accuracy_summary(
-    history:pd.DataFrame, # Of `train`, with `test_acc` in % for every epoch
-)->dict: # `test_acc_last`, `test_acc_last5`, `test_acc_best`, in %
+    history:pd.DataFrame, # Of `train`, with `test_acc` in % for every epoch, NaN without a test set
+)->dict: # `test_acc_last`, `test_acc_last5`, `test_acc_best`, in %; None without a test set
     "Accuracy of the last epoch, mean of the last five (or fewer), and the best of all epochs, which was chosen on the test set."
     acc = history.test_acc
+    if acc.isna().all(): return dict.fromkeys(('test_acc_last', 'test_acc_last5', 'test_acc_best'))
     return {'test_acc_last': float(acc.iloc[-1]), 'test_acc_last5': float(acc.iloc[-5:].mean()), 'test_acc_best': float(acc.max())}
 
 # %% ../nbs/12_evaluate.ipynb #b45187e6

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['feature_nets', 'precisions', 'feature_cache', 'recipe', 'read_weights', 'fill_weights', 'FeatureNet',
            'find_feature_net', 'fold_batch_norm', 'weights_file', 'feature_model', 'feature_inputs', 'content_key',
-           'write_vectors', 'read_vectors', 'faster_precision', 'Extractor', 'extract_features', 'with_features']
+           'write_vectors', 'read_vectors', 'faster_precision', 'Extractor', 'extract_features', 'FeatureReader',
+           'with_features']
 
-# %% ../nbs/01b_features.ipynb #105dd008
+# %% ../nbs/01b_features.ipynb #6a1f2573
 import copy, difflib, functools, hashlib, io, time
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .core import atomic_write, get_device, make_out_dir, progress
-from .data import ImageFiles, ImageTensor, Samples, Source, imagenet_mean, imagenet_sd
+from .data import ImageFiles, ImageTensor, Reader, Samples, Source, imagenet_mean, imagenet_sd, reader_of
 from .datasets import RealData
 
 # %% ../nbs/01b_features.ipynb #8b12648d
@@ -241,11 +242,15 @@ class Extractor:
     def model(self): return feature_model(self.net, self.file, self.size).to(self.device)
 
     @functools.cached_property
+    def digest(self):
+        "SHA-256 of the file of weights"
+        try: return hashlib.sha256(self.file.read_bytes()).hexdigest()
+        except OSError as e: raise type(e)(f'weights {str(self.file)!r} cannot be read: {e.strerror}') from None
+
+    @functools.cached_property
     def about(self):
         "All that decides features but the images and the precision"
-        try: weights = hashlib.sha256(self.file.read_bytes()).hexdigest()
-        except OSError as e: raise type(e)(f'weights {str(self.file)!r} cannot be read: {e.strerror}') from None
-        return f'{recipe} {self.net} {weights} {self.size}'
+        return f'{recipe} {self.net} {self.digest} {self.size}'
 
     def __call__(self, images):
         _check_images(images)
@@ -289,6 +294,32 @@ def extract_features(
     "What a network sees in images, in their order. Raises what `Extractor` raises."
     return Extractor(net, **options)(images)
 
+# %% ../nbs/01b_features.ipynb #1b7a8ae0
+@dataclass(frozen=True, eq=False)
+class FeatureReader:
+    """How images that come later become vectors like those of a data set: called with files or images, gives float32 `[n, d]`. Raises `ValueError` or
+    `OSError` with one sentence for what cannot be seen, and when the network's weights are not those of the data set."""
+    images: Reader # Brings images into the form of the data set
+    net: str # See `find_feature_net`
+    weights: str # File of its weights; empty: those that come with it
+    digest: str # SHA-256 of that file
+    size: int # Side of the images in pixels, as the network sees them
+    precision: str # One of `precisions`
+    mean: torch.Tensor # Of each feature `[d]`
+    sd: torch.Tensor # Of each feature `[d]`
+
+    @property
+    def shape(self): return tuple(self.mean.shape)
+
+    def __call__(self, X, cache=feature_cache, device='auto'):
+        look = Extractor(self.net, self.weights, self.size, precision=self.precision, cache=cache, device=device)
+        if look.digest != self.digest: raise ValueError(f'the weights {str(look.file)!r} are not those that the training images were seen with')
+        return self.standard(look(self.images(X)))
+
+    def standard(self, x):
+        "Features `[n, d]` with the mean and standard deviation of the train part taken out."
+        return torch.cat([((some - self.mean)/self.sd).float() for some in x.split(4096)])
+
 # %% ../nbs/01b_features.ipynb #1d0f5040
 def with_features(
     data:Source|RealData, # Of images, in memory or in files
@@ -299,8 +330,9 @@ def with_features(
     parts = {f.name: getattr(data, f.name) for f in fields(data) if isinstance(getattr(data, f.name), Samples)}
     look = Extractor(net, **options)
     seen = {name: look(samples.x) for name, samples in parts.items()}
-    base = seen['pool' if isinstance(data, Source) else 'train']
-    sd, mean = torch.std_mean(base.double(), 0, correction=0)
+    base = 'pool' if isinstance(data, Source) else 'train'
+    sd, mean = torch.std_mean(seen[base].double(), 0, correction=0)
     sd[sd == 0] = 1
-    def standard(x): return torch.cat([((some - mean)/sd).float() for some in x.split(4096)])
-    return replace(data, **{name: parts[name]._replace(x=standard(x)) for name, x in seen.items()})
+    images = data.reader or reader_of(parts[base].x)
+    reader = FeatureReader(images, net, str(options.get('weights', '')), look.digest, look.size, look.precision, mean, sd)
+    return replace(data, reader=reader, **{name: parts[name]._replace(x=reader.standard(x)) for name, x in seen.items()})

@@ -52,9 +52,18 @@ def load_grid(
     except OSError as e: raise type(e)(f'grid file {str(path)!r} cannot be read: {e.strerror}') from None
     try: grid = yaml.load(content, _Loader)
     except yaml.YAMLError as e: raise ValueError(f'{path}{_problem(e)}') from None
+    if _nodes(grid, 10**5) > 10**5: raise ValueError(f'{path} has more than 100,000 values once its aliases are written out')
     if not isinstance(grid, dict): return grid
     files = {key: str(Path(path).parent/grid[key]) for key in ('table', 'tuned') if isinstance(grid.get(key), str)}
     return {'name': Path(path).stem, **grid, **files}
+
+def _nodes(value, most):
+    "Values in nested lists and dictionaries, counted up to a little more than `most`"
+    count, left = 0, [value]
+    while left and count <= most:
+        value, count = left.pop(), count + 1
+        if isinstance(value, (dict, list)): left += value.values() if isinstance(value, dict) else value
+    return count
 
 def _problem(e):
     "What is wrong with YAML, and in which line"
@@ -99,6 +108,7 @@ def _seeds(grid, given):
     seeds = grid.get('seeds')
     if seeds is None: return {}
     if 'seed' in given: raise ValueError('the grid has both seeds and the parameter seed')
+    if type(seeds) is int and seeds > 10**6: raise ValueError(f'seeds is {seeds}: at most 1,000,000 runs are taken')
     if type(seeds) is int: seeds = list(range(seeds))
     if not _check(seeds, list, 'seeds'): raise ValueError('seeds is empty: write how many, or a list of them')
     return {'seed': seeds}
@@ -118,6 +128,8 @@ def _multiplied(grid):
         constant = {**{k: v for k, v in fixed.items() if k not in own_product}, **own_fixed}
         varied = {**{k: v for k, v in product.items() if k not in own_fixed}, **own_product}
         varied.update(_seeds(grid, {**constant, **varied}))
+        runs = math.prod(map(len, varied.values()))
+        if runs > 10**6: raise ValueError(f'{what} has {runs:,} runs: at most 1,000,000 are taken')
         for values in itertools.product(*varied.values()): yield str(block), what, {**constant, **dict(zip(varied, values))}
 
 # %% ../nbs/15_grid.ipynb #27a2f61d
@@ -127,7 +139,7 @@ def _setting(params, what):
     if 'options' in params: raise ValueError(f'{what} has options: write each of them as a parameter')
     for name, value in params.items():
         if callable(value): raise ValueError(f'{what}: {name} is {value!r}, but a notebook takes words, such as path/to/mine.py:MyRule')
-    try: return make_setting({**params, 'out_dir': 'its own'})
+    try: return make_setting({'save_model': False, **params, 'out_dir': 'its own'})
     except (TypeError, ValueError) as e: raise ValueError(f'{what}: {e}') from None
 
 # %% ../nbs/15_grid.ipynb #e4c4e454
@@ -360,9 +372,10 @@ def _version(code, setting):
 
 # %% ../nbs/15_grid.ipynb #1fb60d2f
 def _read(path):
-    "Content of a JSON file; None when it is not there or not whole"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    "What a JSON file says, names with values; None when it is not there, not whole or something else"
+    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except (FileNotFoundError, ValueError): return None
+    return found if isinstance(found, dict) else None
 
 def job_status(
     job:Job, # A run
@@ -475,7 +488,7 @@ def run_job(
             place = {'device': _device(stack, job.folder.parent, workers, devices)} if devices else {}
             place['out_dir'], started = str(job.folder), time.time()
             about = {'code': code_version(job.setting)} if notebook else {'code': _version(_loaded_code(), job.setting), 'direct': True}
-            info = {'block': job.block, 'parameters': {**job.params, **(_alone(notebook) if notebook else {}), **place}, **about}
+            info = {'block': job.block, 'parameters': {**(_alone(notebook) if notebook else {}), **job.params, **place}, **about}
             _prepare(job.folder, info)
             if notebook: ended = {'exit': _execute(notebook, job.folder, cwd, threads)}
             else: ended = _run_here(replace(job.setting, **place), cwd, threads)
@@ -485,9 +498,9 @@ def run_job(
     return job.folder.name, status, '' if status == 'done' else _what_failed(job.folder, **ended)
 
 def _alone(notebook):
-    "The experiment notebook's parameter for running a method without others beside it, where it has that"
+    "The experiment notebook's parameters for running a method without others beside it and without keeping its model, where it has them"
     from papermill import inspect_notebook
-    return {'compare': False} if 'compare' in inspect_notebook(str(notebook)) else {}
+    return dict.fromkeys(('compare', 'save_model') & inspect_notebook(str(notebook)).keys(), False)
 
 def _execute(notebook, folder, cwd, threads):
     "Run the notebook with the parameters in the folder's `run.json`; the exit status"

@@ -58,8 +58,11 @@ class LossCurves:
 
     @classmethod
     def load(cls, path):
-        "Read what `save` wrote; runs no code from the file."
-        with np.load(path, allow_pickle=False) as f: return cls(torch.from_numpy(f['losses']), torch.from_numpy(f['labels']), f['lr'])
+        "Read what `save` wrote; runs no code from the file. Raises `ValueError` when it is damaged."
+        try:
+            with np.load(path, allow_pickle=False) as f: return cls(torch.from_numpy(f['losses']), torch.from_numpy(f['labels']), f['lr'])
+        except OSError: raise
+        except Exception as e: raise ValueError(f'{path} is damaged: it holds no loss curves') from e # zip files raise anything
 
 # %% ../nbs/04_probe.ipynb #d8a4db0a
 def probe(
@@ -103,4 +106,8 @@ def _write_row(path, epoch, losses):
     with open(path, 'r+b' if path.exists() else 'w+b') as f:
         f.seek(epoch*4*len(losses)); f.write(losses.numpy().tobytes()); f.flush(); os.fsync(f.fileno())
 
-def _read_row(path, epoch, n): return torch.from_numpy(np.fromfile(path, np.float32, n, offset=4*n*epoch))
+def _read_row(path, epoch, n):
+    "The losses of an epoch; the file belongs to the checkpoint beside it"
+    if not path.exists() or path.stat().st_size < 4*n*(epoch + 1):
+        raise ValueError(f'{path} is missing or damaged, and the run cannot go on without it: remove the folder, and it starts again')
+    return torch.from_numpy(np.fromfile(path, np.float32, n, offset=4*n*epoch))

@@ -236,12 +236,12 @@ def make_result(
 # %% ../nbs/10_train.ipynb #664248aa
 def held_out_accuracies(
     model:torch.nn.Module, # Classifier
-    data:BiasedData, # Read for the test set, and the validation set where there is one
+    data:BiasedData, # Read for the test set and the validation set
     precision=Training.precision, # How forward passes are computed
-)->dict: # `test_acc`, and `val_acc` where there is a validation set, in %
+)->dict: # `test_acc` and `val_acc` in %, where there are such sets
     "Accuracies for a row of the history."
-    found = {'test_acc': accuracy(model, data.test, precision)}
-    return found if data.val is None else {**found, 'val_acc': accuracy(model, data.val, precision)}
+    parts = {'test_acc': data.test, 'val_acc': data.val}
+    return {name: accuracy(model, samples, precision) for name, samples in parts.items() if samples is not None}
 
 # %% ../nbs/10_train.ipynb #d11ad0a1
 def train(
@@ -365,7 +365,8 @@ def ce(task):
 
 @method('oracle', 'oracle (clean samples only)')
 def oracle(task):
-    "Plain training on the truly clean samples; as weights, which ones these are."
+    """Plain training on the truly clean samples; as weights, which ones these are. Raises `ValueError` when nobody knows the true labels."""
+    if not task.data.truth_known: raise ValueError('the oracle trains on the samples whose labels are right, and nobody knows which these are')
     return replace(task.train(data=only_clean(task.data)), weights=(~task.data.noisy).float().cpu())
 
 @method('meta_only', 'clean set only', needs_clean=True)
