@@ -341,7 +341,7 @@ _no_part = {'core': ('Checkpoints', 'atomic_write', 'git_commit', 'lock', 'make_
 
 def _roots(setting):
     "Where the code of a run begins, and what is left aside"
-    entries = [table[getattr(setting, name)] for name, table in choices.items() if isinstance(table, dict)]
+    entries = [table[getattr(setting, name)] for name, table in choices.items() if isinstance(table, dict) and getattr(setting, name) in table]
     entries += [train_crops[setting.crop or 'random'], setting.declared.factory]
     roots = {('experiment', name) for name in ('setting_data', '_maker', '_trained', '_results')}
     roots |= {_defined_at(f) for f in entries if f.__module__.startswith('curve_reweight.')}

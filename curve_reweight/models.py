@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['models', 'vector_models', 'inits', 'conv_bn', 'SmallCNN', 'StridedCNN', 'Linear', 'MLP', 'BasicBlock', 'ResNet',
            'PreActBlock', 'WideResNet', 'torchvision_resnet', 'small_cnn', 'strided_cnn', 'linear', 'mlp',
-           'default_init', 'normal_02_init', 'init_weights', 'create_model', 'load_weights']
+           'default_init', 'normal_02_init', 'init_weights', 'find_model', 'create_model', 'load_weights']
 
-# %% ../nbs/03_models.ipynb #6a4c5a08
-import warnings
+# %% ../nbs/03_models.ipynb #c72baf2c
+import difflib, warnings
+from functools import partial
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 from .data import add_to
@@ -273,9 +274,41 @@ def init_weights(
     inits[init](model)
     return model
 
+# %% ../nbs/03_models.ipynb #2e3a9c0b
+def find_model(
+    name:str, # A key of `models`, a classifier of torchvision such as `'mobilenet_v3_small'`, or `'timm/'` and a name of timm's
+): # Function of channels, classes and the image's side in pixels that makes a classifier
+    "A classifier's factory by name. Raises `ValueError` for an unknown name, or where timm is not installed."
+    if name in models: return models[name]
+    if name.startswith('timm/'): return _timm(name[5:])
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name in known: return partial(_torchvision, name)
+    near = difflib.get_close_matches(name, [*models, *known], 1)
+    hint = f', did you mean {near[0]!r}?' if near else ''
+    raise ValueError(f'unknown model {name!r}{hint}; known: {", ".join(models)}, the classifiers of torchvision, and timm/… for those of timm')
+
+def _torchvision(name, n_channels, n_classes, image_size=None):
+    "A classifier of torchvision"
+    if n_channels != 3: raise ValueError(f'{name} of torchvision takes images of 3 channels, these have {n_channels}')
+    own = {'aux_logits': False} if name in ('googlenet', 'inception_v3') else {}
+    return _out_of_place(torchvision.models.get_model(name, weights=None, num_classes=n_classes, **own))
+
+def _timm(name):
+    "Function that makes a classifier of timm"
+    try: import timm
+    except ImportError: raise ValueError(f'timm/{name} needs the package timm: pip install timm') from None
+    if not timm.is_model(name): raise ValueError(f'timm has no model {name!r}; timm.list_models() tells which it has')
+    return lambda n_channels, n_classes, image_size=None: _out_of_place(timm.create_model(name, in_chans=n_channels, num_classes=n_classes))
+
+def _out_of_place(net):
+    "The model without operations in place, which the tangent of a forward pass does not survive"
+    for m in net.modules():
+        if getattr(m, 'inplace', False): m.inplace = False
+    return net
+
 # %% ../nbs/03_models.ipynb #e70149df
 def create_model(
-    name:str, # A key of `models`
+    name:str, # See `find_model`
     n_channels:int, # Channels of an image
     n_classes:int, # Number of classes, C
     image_size:int|None=None, # Side of an image in pixels; decides about the stem of torchvision's models, None: a small image
@@ -283,10 +316,10 @@ def create_model(
     init:str='default', # Start weights, a key of `inits`
 )->nn.Module:
     "A classifier. Raises `ValueError` for an unknown name, `ValueError` or `OSError` for weights that cannot be used."
-    if name not in models: raise ValueError(f'unknown model {name!r}; known: {", ".join(models)}')
+    make = find_model(name)
     if weights is not None and init != 'default':
         raise ValueError(f"pretrained weights would overwrite init = {init!r}: leave it at 'default'")
-    model = init_weights(models[name](n_channels, n_classes, image_size), init)
+    model = init_weights(make(n_channels, n_classes, image_size), init)
     return model if weights is None else load_weights(model, weights)
 
 # %% ../nbs/03_models.ipynb #db2ec8a8

@@ -8,7 +8,7 @@ __all__ = ['groups', 'circumstances', 'choices', 'parameters', 'ranges', 'DataSe
            'Setting', 'setting_meta', 'make_setting', 'may_probe', 'facts', 'method_source', 'make_parser',
            'parse_args', 'parameters_cell']
 
-# %% ../nbs/13a_setting.ipynb #58773a9e
+# %% ../nbs/13a_setting.ipynb #cee3f041
 import argparse, ast, difflib, importlib.util, inspect, math, typing
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -24,7 +24,7 @@ from .data import Source, train_crops
 from .datasets import sources
 from .features import feature_cache, weights_file
 from .loop import Training, find_optimizer, lr_schedule, make_optimizer
-from .models import inits, models, vector_models
+from .models import find_model, inits, models, vector_models
 from .probe import waves
 from .steps import optimizer_step
 from .train import Meta, check_meta
@@ -258,8 +258,10 @@ ranges = { # What a number must be → test, and the names of parameters and opt
 # %% ../nbs/13a_setting.ipynb #47167db2
 def _check_setting(s):
     "Refuse what no run can be"
+    find_model(s.model)
     for name, known in choices.items():
         value = getattr(s, name)
+        if name == 'model': continue # there are more than the table has
         if value not in known: raise ValueError(f'unknown {name} {value!r}; known: {", ".join(k for k in known if k)}')
     for words, (fits, names) in ranges.items():
         for name, value in {**{n: getattr(s, n) for n in parameters}, **s.options_in_force()}.items():
