@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['kind_of', 'vector_encoder', 'image_array', 'Inputs', 'ReweightedClassifier']
 
-# %% ../nbs/14a_estimator.ipynb #1a6a2663
+# %% ../nbs/14a_estimator.ipynb #8aa45291
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.compose import ColumnTransformer, make_column_selector
@@ -129,9 +130,9 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
         method='curvenet_gdw', # Method, see `Setting`
         model=None, # Classifier: a key of `models`, a function without arguments that makes a fresh module, or None, by the inputs
         features=None, # Frozen network that looks at images, see `features.find_feature_net`; None: none
-        epochs=40, # Epochs of training, and of the probe where there is one
+        epochs=20, # Epochs of training, and of the probe where there is one
         batch_size=64, # Train samples a step
-        lr=.03, # Highest learning rate
+        lr=.08, # Highest learning rate
         random_state=0, # Seed, a `RandomState` or None
         device='auto', # Where to train
         settings=None, # Further parameters of `Setting`, by name
@@ -161,7 +162,8 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
         meta = every.take(np.flatnonzero(clean)) if clean.any() else None
         if X_clean is not None:
             meta = self._clean_samples(X_clean, y_clean)
-            if _overlap(meta.x, train.x): raise ValueError('X_clean holds the same rows as X: say by clean_mask which rows of X are checked')
+            if _overlap(meta.x, train.x):
+                raise ValueError('X_clean holds the same rows as X: say by clean_mask which rows of X are checked')
         done = self._run(train, meta)
         self.model_, self.history_ = done.result.model.cpu().eval(), done.result.history.drop(columns=['test_acc'])
         chances = probabilities(self.model_, every)
@@ -187,57 +189,64 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
         chances = self.predict_proba(X)
         return self.classes_[chances.argmax(1)]
 
-    def _run(self, train, meta):
-        "Train on samples"
-        own = {'method': self.method, 'epochs': self.epochs, 'probe_epochs': self.epochs, 'batch_size': self.batch_size, 'lr': self.lr,
-               'device': self.device, 'seed': int(check_random_state(self.random_state).randint(2**31))}
-        if not callable(self.model): own['model'] = self.model or self.inputs_.model
-        largest = int(torch.bincount(train.y).max())
-        own['low_loss_per_class'] = max(1, min(Setting.low_loss_per_class, largest//2)) # all of a class are no choice
-        setting = Setting(**{**own, **(self.settings or {})})
-        if meta is None and (setting.declared.learns or setting.declared.needs_clean):
-            warnings.warn(f'there are no checked samples: {setting.declared.title} takes the {setting.low_loss_per_class} of each class '
-                          'with the lowest loss in a probe instead')
-        data = biased_from_samples(train, meta, None, tuple(map(str, self.classes_)))
-        return run(setting, data, self.model if callable(self.model) else None)
-
-    def _checked(self, X, y):
-        "Inputs and labels as scikit-learn checks them"
-        if kind_of(X) == 'vectors':
-            X, y = validate_data(self, X, y, accept_sparse='csr', dtype=np.float64)
-        else:
-            if kind_of(X) == 'table': validate_data(self, X, skip_check_array=True)
-            if y is None: raise ValueError('requires y to be passed, but the target y is None')
-            y = column_or_1d(y, warn=True)
-            if len(y) != len(X): raise ValueError(f'there are {len(X)} inputs and {len(y)} labels')
-        missing = pd.isna(y)
-        if missing.any(): raise ValueError(f'y has {missing.sum()} missing labels, the first of them in row {missing.argmax()}')
-        _check_types(y)
-        check_classification_targets(y)
-        return X, y
-
-    def _checked_inputs(self, X):
-        "Later inputs as scikit-learn checks them"
-        if self.inputs_.kind == 'vectors': return validate_data(self, X, accept_sparse='csr', dtype=np.float64, reset=False)
-        if self.inputs_.kind == 'table': validate_data(self, X, skip_check_array=True, reset=False)
-        return X
-
-    def _clean_samples(self, X, y):
-        "Checked samples, whose labels are among those of the training"
-        y = column_or_1d(y)
-        unknown = set(np.asarray(y).tolist()) - set(self.classes_.tolist())
-        if unknown: raise ValueError(f'y_clean has the class {sorted(map(str, unknown))[0]!r}, which y has not')
-        return make_samples(self.inputs_(self._checked_inputs(X)), np.searchsorted(self.classes_, y), len(self.classes_), 'X_clean')
-
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         return tags
 
+# %% ../nbs/14a_estimator.ipynb #b1b71153
+@patch
+def _run(self:ReweightedClassifier, train, meta):
+    "Train on samples"
+    own = {'method': self.method, 'epochs': self.epochs, 'probe_epochs': self.epochs, 'batch_size': self.batch_size, 'lr': self.lr,
+           'device': self.device, 'seed': int(check_random_state(self.random_state).randint(2**31))}
+    if not callable(self.model): own['model'] = self.model or self.inputs_.model
+    largest = int(torch.bincount(train.y).max())
+    own['low_loss_per_class'] = max(1, min(Setting.low_loss_per_class, largest//2)) # all of a class are no choice
+    setting = Setting(**{**own, **(self.settings or {})})
+    if meta is None and (setting.declared.learns or setting.declared.needs_clean):
+        warnings.warn(f'there are no checked samples: {setting.declared.title} takes the {setting.low_loss_per_class} of each class '
+                      'with the lowest loss in a probe instead')
+    data = biased_from_samples(train, meta, None, tuple(map(str, self.classes_)))
+    return run(setting, data, self.model if callable(self.model) else None)
+
+@patch
+def _checked(self:ReweightedClassifier, X, y):
+    "Inputs and labels as scikit-learn checks them"
+    if kind_of(X) == 'vectors':
+        X, y = validate_data(self, X, y, accept_sparse='csr', dtype=np.float64)
+    else:
+        if kind_of(X) == 'table': validate_data(self, X, skip_check_array=True)
+        if y is None: raise ValueError('requires y to be passed, but the target y is None')
+        y = column_or_1d(y, warn=True)
+        if len(y) != len(X): raise ValueError(f'there are {len(X)} inputs and {len(y)} labels')
+    missing = pd.isna(y)
+    if missing.any(): raise ValueError(f'y has {missing.sum()} missing labels, the first of them in row {missing.argmax()}')
+    _check_types(y)
+    check_classification_targets(y)
+    return X, y
+
+@patch
+def _checked_inputs(self:ReweightedClassifier, X):
+    "Later inputs as scikit-learn checks them"
+    if self.inputs_.kind == 'vectors': return validate_data(self, X, accept_sparse='csr', dtype=np.float64, reset=False)
+    if self.inputs_.kind == 'table': validate_data(self, X, skip_check_array=True, reset=False)
+    return X
+
+@patch
+def _clean_samples(self:ReweightedClassifier, X, y):
+    "Checked samples, whose labels are among those of the training"
+    y = column_or_1d(y)
+    unknown = set(np.asarray(y).tolist()) - set(self.classes_.tolist())
+    if unknown: raise ValueError(f'y_clean has the class {sorted(map(str, unknown))[0]!r}, which y has not')
+    return make_samples(self.inputs_(self._checked_inputs(X)), np.searchsorted(self.classes_, y), len(self.classes_), 'X_clean')
+
 def _check_types(y):
     "Refuse labels that cannot be put in an order"
     try: np.unique(y)
-    except TypeError: raise ValueError(f'labels in y are of several types: {", ".join(sorted({type(label).__name__ for label in y}))}') from None
+    except TypeError:
+        types = sorted({type(label).__name__ for label in y})
+        raise ValueError(f'labels in y are of several types: {", ".join(types)}') from None
 
 def _overlap(a, b):
     "Whether two sets of inputs have images in common, or are the same vectors"

@@ -7,7 +7,7 @@ __all__ = ['results', 'setting_source', 'loaded_source', 'setting_data', 'settin
            'cached_probe', 'needed_probe', 'run', 'write_run', 'test_predictions', 'suspects', 'write_contact_sheet',
            'main', 'said_of']
 
-# %% ../nbs/14_experiment.ipynb #27fceb5f
+# %% ../nbs/14_experiment.ipynb #58df405d
 import hashlib, importlib.util, json, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -20,7 +20,8 @@ import pandas as pd
 import torch
 
 from .classifier import Classifier, export_onnx, factory_of, save_classifier
-from .core import Checkpoints, atomic_write, csv_text, get_device, git_commit, lock, make_out_dir, seed_everything, versions, write_json
+from .core import Checkpoints, atomic_write, csv_text, get_device, git_commit, lock, make_out_dir, seed_everything
+from .core import versions, write_json
 from .corruption import BiasedData, biased_from_real, make_biased, with_meta
 from .curves import low_loss
 from .data import ImageFiles, Source, reader_of, stream
@@ -30,7 +31,8 @@ from .features import with_features
 from .loop import Plan, Precision, Training, predict, probabilities
 from .models import create_model
 from .probe import LossCurves, probe, probe_plan
-from .setting import BiasSetting, DataSetting, Setting, circumstances, facts, make_setting, may_probe, method_source, parse_args
+from .setting import BiasSetting, DataSetting, Setting, circumstances, facts, make_setting, may_probe, method_source
+from .setting import parse_args
 from .setting import setting_meta
 from .slmo import split_model
 from .suspects import contact_sheet, rank_labels
@@ -185,16 +187,16 @@ def run(
     model_fn=None, # Own classifier instead of `setting.model`: a function without arguments that makes a fresh one
     curves:LossCurves|None=None, # A probe of the same data made before, to be used again
 )->Run:
-    """Run a setting: bias, probe where the method needs it, train, evaluate; with an `out_dir`, write the classifier, `row.json`, `history.csv`,
-    `suspects.csv`, `predictions.csv` and `curves.npz` there, go on from a checkpoint where there is one, and keep other runs out. Raises
-    `ValueError` or `OSError` with one sentence before work starts."""
+    """Run a setting: bias, probe where the method needs it, train, evaluate; with an `out_dir`, write the classifier, `row.json`,
+    `history.csv`, `suspects.csv`, `predictions.csv` and `curves.npz` there, go on from a checkpoint where there is one, and keep other
+    runs out. Raises `ValueError` or `OSError` with one sentence before work starts."""
     if setting.out_dir: make_out_dir(setting.out_dir)
     with lock(setting.out_dir) if setting.out_dir else nullcontext():
         if setting.out_dir: _clear_results(setting)
         return _run(setting, source, model_fn, curves)
 
-results = ('row.json', 'history.csv', 'suspects.csv', 'suspects.parquet', 'suspects.html', 'predictions.csv', 'predictions.parquet', 'curves.npz',
-           'noise_rows.npy', 'model.safetensors', 'model.json', 'model.onnx', 'model.onnx.data') # Files that a run may leave
+results = ('row.json', 'history.csv', 'suspects.csv', 'suspects.parquet', 'suspects.html', 'predictions.csv', 'predictions.parquet',
+           'curves.npz', 'noise_rows.npy', 'model.safetensors', 'model.json', 'model.onnx', 'model.onnx.data') # Files that a run may leave
 
 def _clear_results(s):
     "Make room for a run where another one's results are, if that was asked for. Raises `FileExistsError` if not"
@@ -206,7 +208,8 @@ def _clear_results(s):
              if name not in (*circumstances, 'dataset') and None not in (there.get(name), value) and there[name] != value]
     if not other: return
     if not s.overwrite:
-        raise FileExistsError(f'out_dir {s.out_dir!r} has the results of another run ({other[0]} {there[other[0]]}): name another folder, or say overwrite')
+        raise FileExistsError(f'out_dir {s.out_dir!r} has the results of another run ({other[0]} {there[other[0]]}): '
+                              'name another folder, or say overwrite')
     for name in results: (out/name).unlink(missing_ok=True)
 
 def _run(s, source, model_fn, curves):
@@ -215,15 +218,15 @@ def _run(s, source, model_fn, curves):
     here, fresh = _on_device(data, device, s.workers), _maker(s, made, model_fn, device)
     if s.train_on_meta: here = with_meta(here)
     _check_parts(s, data)
-    _check_model(s, here.train, fresh, data.n_classes)
+    _check_model(s, here.train, fresh, data.n_classes, own=model_fn is not None)
     saved = _saver(s, here, fresh, device)
     with _logger(s) as log: here, curves, result, predictions, seconds = _trained(s, data, here, fresh, curves, saved, log)
     row = {**_parameters(s, data, device, curves is not None), **_results(data, here, result, predictions), **seconds, **_machine(device)}
-    kept = Classifier(result.model, data.reader or reader_of(data.train.x), data.classes, made, setting_training(s).precision)
+    kept = Classifier(result.model, data.reader or reader_of(data.train.x), tuple(map(str, data.classes)), made, setting_training(s).precision)
     done = Run(row, data, result, curves, predictions, kept)
     if s.out_dir:
         if s.save_model: save_classifier(kept, s.out_dir)
-        if s.onnx: export_onnx(kept, Path(s.out_dir)/'model.onnx')
+        if s.onnx: _try_onnx(kept, Path(s.out_dir)/'model.onnx')
         write_run(done, s.out_dir)
         for stage in 'probe', 'train': saved(stage).clear()
         (Path(s.out_dir)/'probe_losses.f32').unlink(missing_ok=True)
@@ -274,22 +277,24 @@ def _check_parts(s, data):
     "Refuse samples that do not fit the classes, however they came here, and more stand-ins for clean samples than there are"
     largest = int(torch.bincount(data.train.y).max())
     if not len(data.meta.y) and may_probe(s) and s.low_loss_per_class >= largest:
-        raise ValueError(f'low_loss_per_class is {s.low_loss_per_class}, and the largest class has {largest} samples: these would be taken for clean, one and all')
+        raise ValueError(f'low_loss_per_class is {s.low_loss_per_class}, and the largest class has {largest} samples: '
+                         'these would be taken for clean, one and all')
     for name in 'train', 'meta', 'test', 'val':
         samples = getattr(data, name)
         if samples is None or not len(samples.y): continue
         if len(samples.x) != len(samples.y): raise ValueError(f'the {name} set has {len(samples.x)} inputs and {len(samples.y)} labels')
-        if not 0 <= int(samples.y.min()) <= int(samples.y.max()) < data.n_classes:
-            raise ValueError(f'the {name} set has labels from {int(samples.y.min())} to {int(samples.y.max())}, and there are {data.n_classes} classes')
+        least, most = int(samples.y.min()), int(samples.y.max())
+        if not 0 <= least <= most < data.n_classes:
+            raise ValueError(f'the {name} set has labels from {least} to {most}, and there are {data.n_classes} classes')
 
-def _check_model(s, samples, fresh, C):
-    "Refuse a classifier that does not fit the data, by a forward pass of two samples"
-    model, again = fresh(), fresh()
+def _check_model(s, samples, fresh, C, own):
+    "Refuse a classifier that does not fit the data, by a forward pass of two samples; one of the user's own function is made twice"
+    model = fresh()
     params = dict(model.named_parameters())
     if not params: raise ValueError('the classifier has no parameters, so there is nothing to train')
     for name, p in params.items():
         if p.dtype != torch.float32: raise ValueError(f'parameter {name} of the classifier is {p.dtype}, wanted torch.float32')
-    if {id(p) for p in params.values()} & {id(p) for p in again.parameters()}:
+    if own and {id(p) for p in params.values()} & {id(p) for p in fresh().parameters()}:
         raise ValueError('the function that makes the classifier gives the same parameters each time, wanted fresh ones')
     few = torch.arange(2)
     _, x, _ = next(stream(samples.take(few), [few]))
@@ -353,6 +358,11 @@ def write_run(
         atomic_write(out/'noise_rows.npy', buffer.getvalue())
     write_json(out/'row.json', done.row)
 
+def _try_onnx(classifier, path):
+    "Write `model.onnx`, or say why not"
+    try: export_onnx(classifier, path)
+    except Exception as e: warnings.warn(f'there is no {path}: {str(e).splitlines()[0] if str(e) else type(e).__name__}')
+
 def _write_table(path, table):
     "A table as CSV, and as parquet where pyarrow is installed"
     atomic_write(path, csv_text(table))
@@ -415,6 +425,8 @@ def said_of(
         said.append(f"test accuracy {row['test_acc_last']:.2f} (mean of the last five epochs {row['test_acc_last5']:.2f})")
     if 'val_acc_last' in row: said.append(f"validation accuracy {row['val_acc_last']:.2f}")
     if row['noise_auc'] is not None: said.append(f"clean/noisy AUC {row['noise_auc']:.3f}")
-    line = f"{row['method']} on {setting.dataset}: {', '.join(said) or 'trained; there is neither a test set nor a validation set, so nobody knows how good it is'}"
+    nothing = 'trained; there is neither a test set nor a validation set, so nobody knows how good it is'
+    line = f"{row['method']} on {setting.dataset}: {', '.join(said) or nothing}"
     if len(done.data.meta.y) or not row['n_meta']: return line
-    return f"{line}\nNo label has been checked by anybody: the {setting.low_loss_per_class} samples of each class with the lowest loss in the probe stood in for checked ones."
+    return (f'{line}\nNo label has been checked by anybody: the {setting.low_loss_per_class} samples of each class with the lowest loss in the '
+            'probe stood in for checked ones.')

@@ -37,7 +37,7 @@ class DataSetting:
     dataset:str = 'mnist5k' # Data set
     data_root:str = '' # Folder of the data set (for csv, the file); mnist5k and digits need none
     crop:str = None # How large training images are cut: a random part, or resized and the centre; None: random
-    image_size:int = None # Side in pixels to which images in files are brought; None: small ones of one size stay as they are, others get 224
+    image_size:int = None # Side in pixels to which images in files are brought; None: small ones of one size stay, others get 224
     image_root:str = '' # For csv: folder that all images lie in and their paths begin at; empty: that of the list
     skip_broken:bool = False # Leave images out that cannot be read, with a warning that names them, instead of refusing the data
     augment:bool = True # Augment images; digits and mnist5k are not
@@ -82,14 +82,14 @@ class TrainingSetting:
     model:str = 'strided_cnn' # Classifier
     pretrained:str = '' # File with weights for the classifier to start from
     init:str = 'default' # Start of the classifier's parameters
-    epochs:int = 40 # Epochs of training
+    epochs:int = 20 # Epochs of training
     batch_size:int = 64 # Train samples a step
-    lr:float = .03 # Highest learning rate
+    lr:float = .08 # Highest learning rate
     schedule:str|list = 'curvenet' # Learning rate: a name, or drops in epochs or fractions, such as [[36, 38], 0.1]
     optimizer:object = 'sgd' # sgd, adam, adamw or any other of torch's; from Python also a function: parameters → optimiser
     momentum:float = .9 # Of SGD
     nesterov:bool = True # Of SGD
-    weight_decay:float = 5e-4 # Of the optimiser
+    weight_decay:float = 7e-3 # Of the optimiser
     train_on_meta:bool = True # Put the clean samples into the train set too
     frozen_bn:bool = False # Batch normalisation by the running statistics that the model comes with
     seed:int = 0 # Seed of the run
@@ -243,12 +243,14 @@ def _unknown_step(setting):
     try: optimizer_step([], [], optimizer)
     except ValueError: return True
 
-# %% ../nbs/13a_setting.ipynb #f12e149e
+# %% ../nbs/13a_setting.ipynb #48d8edbe
 ranges = { # What a number must be → test, and the names of parameters and options that it is for
     'above 0': (lambda v: v > 0, 'lr probe_lr weight_lr gate_lr adam_lr fine_lr outer_lr label_lr virtual_lr scale'.split()),
-    'from 1 to 1,000,000': (lambda v: 1 <= v <= 10**6, 'epochs probe_epochs low_loss_per_class embedding open_layers gated_layers fine_epochs class_groups'.split()),
-    '0 or more': (lambda v: v >= 0, ('weight_decay weight_net_decay meta_per_class val_per_class workers checkpoint_seconds focal_gamma max_margin clip '
-        'gate_penalty gradient_matching forget_epochs har_penalty har_weight_decay label_start entropy_weight drop_epochs').split()),
+    'from 1 to 1,000,000': (lambda v: 1 <= v <= 10**6, ('epochs probe_epochs low_loss_per_class embedding open_layers gated_layers '
+        'fine_epochs class_groups').split()),
+    '0 or more': (lambda v: v >= 0, ('weight_decay weight_net_decay meta_per_class val_per_class workers checkpoint_seconds focal_gamma '
+        'max_margin clip gate_penalty gradient_matching forget_epochs har_penalty har_weight_decay label_start entropy_weight '
+        'drop_epochs').split()),
     'a fraction from 0 to 1': (lambda v: 0 <= v <= 1, 'noise_rate drw_start label_share pace_start label_smoothing plain_start'.split()),
     'from 0 to less than 1': (lambda v: 0 <= v < 1, 'momentum beta forget_rate'.split()),
     'from 1 to 10,000': (lambda v: 1 <= v <= 10**4, ['features_size', 'image_size']),

@@ -48,6 +48,7 @@ def start_of(
 
 # %% ../nbs/15a_tune.ipynb #0c99354e
 _keys = 'name', 'trials', 'seeds', 'fixed', 'space', 'finalists', 'finals', 'methods'
+_may_have = 'last',
 
 def load_tuning(
     path:str|Path|dict, # YAML file, or what it says
@@ -57,10 +58,12 @@ def load_tuning(
     for key in _keys:
         if key not in tuning: raise ValueError(f'a tuning has {", ".join(_keys)}; {key} is missing')
     for key in tuning:
-        if key not in _keys: raise ValueError(f'unknown key {key!r} of a tuning; known: {", ".join(_keys)}')
+        if key not in (*_keys, *_may_have): raise ValueError(f'unknown key {key!r} of a tuning; known: {", ".join((*_keys, *_may_have))}')
     if not tuning['fixed'].get('val_per_class'): raise ValueError('fixed needs val_per_class: trials are judged by a validation set')
     for changes in tuning['finals']:
         if 'seed' not in changes: raise ValueError(f'a final has a seed, but this one has not: {changes}')
+    for point in tuning.get('last', []):
+        if {*point} != {*tuning['space']}: raise ValueError(f'a point of last has a value for {", ".join(tuning["space"])}, but this one is {point}')
     for method in tuning['methods']:
         for changes in {'seed': tuning['seeds'][0]}, *tuning['finals']: _setting(tuning, method, first_trial(tuning, method), changes)
     return tuning
@@ -90,14 +93,21 @@ def next_trial(
 )->dict: # Parameters
     "What to try next."
     if not past: return first_trial(tuning, method)
+    last = tuning.get('last', [])
+    searched = tuning['trials'] - len(last)
+    if searched <= len(past) < tuning['trials']: return {**_best(past[:searched]), **last[len(past) - searched]}
     optuna = _optuna()
     space = {name: distribution(values) for name, values in space_of(tuning, method).items()}
-    sampler = optuna.samplers.TPESampler(n_startup_trials=max(2, tuning['trials']//3), seed=len(past))
+    sampler = optuna.samplers.TPESampler(n_startup_trials=max(2, searched//3), seed=len(past))
     study = optuna.create_study(direction='maximize', sampler=sampler)
     for params, value in past:
         state = optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
         study.add_trial(optuna.trial.create_trial(state=state, params=params, distributions=space, value=value))
     return study.ask(space).params
+
+def _best(past):
+    "Parameters of the best trial, the first of equals; of the first one when all losses ran away"
+    return max(past, key=lambda trial: -1. if trial[1] is None else trial[1])[0]
 
 # %% ../nbs/15a_tune.ipynb #bf38afbd
 def tune_method(
@@ -106,23 +116,26 @@ def tune_method(
     folder:str|Path, # Where `<method>.csv` is
     threads:int=1, # CPU threads
     source=None, # Own data instead of that of the setting, see `experiment.run`
+    confirm:bool=False, # Of trials of other code, run only the first again, and take the rest over where it comes out the same
 )->pd.DataFrame: # A row per trial: `trial, <parameters>, val_acc, test_acc, seconds, asked, code, commit, torch`, a column per final
-    "Run a method's missing trials and finals. The table is written after each; one of other code or another search goes to `*.csv.old`."
+    """Run a method's missing trials and finals. The table is written after each; one of other code or another search goes to `*.csv.old`. Raises
+    `ValueError` when the first of other trials does not come out the same."""
     torch.set_num_threads(threads)
-    path, names = Path(folder)/f'{method}.csv', list(space_of(tuning, method))
-    code = code_version(_setting(tuning, method, first_trial(tuning, method), {'seed': tuning['seeds'][0]}))
-    rows = _kept(path, code, _asked(tuning, method))
+    path, names, seeds = Path(folder)/f'{method}.csv', list(space_of(tuning, method)), [{'seed': seed} for seed in tuning['seeds']]
+    def accuracies(row, changes): return _try(tuning, method, {n: row[n] for n in names}, changes, source)
+    mark = {'asked': _asked(tuning, method), 'code': code_version(_setting(tuning, method, first_trial(tuning, method), seeds[0]))}
+    if confirm: _take_over(path, mark, lambda row: accuracies(row, seeds))
+    rows = _kept(path, mark)
     write = lambda: atomic_write(path, pd.DataFrame(rows).to_csv(index=False))
     while len(rows) < tuning['trials']:
         params = next_trial(tuning, method, [({n: row[n] for n in names}, row['val_acc']) for row in rows])
         started = time.time()
-        val, test = _try(tuning, method, params, [{'seed': seed} for seed in tuning['seeds']], source)
-        facts = {'seconds': round(time.time() - started, 1), 'asked': _asked(tuning, method), 'code': code, 'commit': git_commit(),
-                 'torch': versions()['torch']}
+        val, test = accuracies(params, seeds)
+        facts = {'seconds': round(time.time() - started, 1), **mark, 'commit': git_commit(), 'torch': versions()['torch']}
         rows.append({'trial': len(rows), **params, 'val_acc': val, 'test_acc': test, **facts})
         write()
     for row, final in _finals_left(tuning, rows):
-        row[final] = _try(tuning, method, {n: row[n] for n in names}, [_finals(tuning)[final]], source)[0] or 0.
+        row[final] = accuracies(row, [_finals(tuning)[final]])[0] or 0.
         write()
     return pd.DataFrame(rows)
 
@@ -152,11 +165,21 @@ def _value(word):
     try: return ast.literal_eval(word) if word else None
     except (SyntaxError, ValueError): return word
 
-def _kept(path, code, asked):
+def _marked(table, mark): return {*mark} <= {*table} and all((table[name] == value).all() for name, value in mark.items())
+
+def _take_over(path, mark, tried):
+    "Give trials of other code the mark of the present one if the first of them, run again, comes out the same; raise `ValueError` if not"
+    table = read_trials(path) if path.exists() else pd.DataFrame()
+    if _marked(table, mark) or not _marked(table, {'asked': mark['asked']}): return
+    before, now = tuple(table.loc[0, ['val_acc', 'test_acc']]), tried(table.loc[0])
+    if before != now: raise ValueError(f'{path}: the first trial has validation and test accuracy {now}, and had {before}')
+    atomic_write(path, table.assign(code=mark['code']).to_csv(index=False))
+
+def _kept(path, mark):
     "Rows of a table of trials, of the present code and search; a table of others is set aside"
     if not path.exists(): return []
     table = read_trials(path)
-    if {'code', 'asked'} <= {*table} and (table.code == code).all() and (table.asked == asked).all(): return table.to_dict('records')
+    if _marked(table, mark): return table.to_dict('records')
     old = path.with_suffix('.csv.old')
     atomic_write(old, (old.read_text() if old.exists() else '') + path.read_text())
     path.unlink()
@@ -178,6 +201,7 @@ def tune(
     workers:int=1, # Methods at the same time
     threads:int|None=None, # CPU threads for each; None: the cores over `workers`
     methods:list|None=None, # Methods to search for now; None: all
+    confirm:bool=False, # See `tune_method`
 )->pd.DataFrame: # A row per method that has all its trials and finals, see `winners`
     "Run what is missing of a search, and choose. Raises `OSError`, `ValueError` or `ImportError` before anything runs."
     tuning = load_tuning(path)
@@ -187,7 +211,7 @@ def tune(
     _optuna()
     folder = make_out_dir(Path(out)/tuning['name'])
     threads = threads or max(1, joblib.cpu_count()//workers)
-    do = partial(_tuned, tuning, folder=folder, threads=threads)
+    do = partial(_tuned, tuning, folder=folder, threads=threads, confirm=confirm)
     joblib.Parallel(workers, 'loky', batch_size=1)(joblib.delayed(do)(method) for method in methods)
     files = {method: folder/f'{method}.csv' for method in tuning['methods']}
     trials = {method: read_trials(file) for method, file in files.items() if file.exists()}
@@ -195,9 +219,9 @@ def tune(
     atomic_write(Path(out)/f"{tuning['name']}.csv", table.to_csv(index=False))
     return table
 
-def _tuned(tuning, method, folder, threads):
+def _tuned(tuning, method, folder, threads, confirm):
     "A job of a worker"
-    return tune_method(tuning, method, folder, threads)
+    return tune_method(tuning, method, folder, threads, confirm=confirm)
 
 def _is_done(tuning, table):
     "Whether a table has all trials and finals"
@@ -226,6 +250,7 @@ def main():
     parser.add_argument('--workers', type=int, default=1, help='methods at the same time (default: 1)')
     parser.add_argument('--threads', type=int, help='CPU threads for each (default: cores over workers)')
     parser.add_argument('--methods', nargs='*', help='methods to search for now (default: all)')
+    parser.add_argument('--confirm', action='store_true', help="run the first of a method's trials of other code again, take the rest over where it agrees")
     options = vars(parser.parse_args())
     try: table = tune(**options)
     except (ImportError, OSError, ValueError) as e: raise SystemExit(f'curve_reweight_tune: {e}') from None
