@@ -71,14 +71,15 @@ def save_classifier(
     classifier:Classifier, # To be kept
     folder:str|Path, # Made where it is not there
 ):
-    "Write `model.safetensors` and `model.json`. Raises `OSError` when the folder cannot be written."
+    "Write `model.safetensors` and `model.json`, with class names as words. Raises `OSError` when the folder cannot be written."
     from safetensors.torch import save
     folder, reader = make_out_dir(folder), classifier.reader
     tensors = {f'model.{name}': t for name, t in classifier.model.state_dict().items()}
     tensors |= {f'reader.{f.name}': getattr(reader, f.name) for f in fields(reader) if isinstance(getattr(reader, f.name), torch.Tensor)}
     content = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
-    about = {'format': format_version, 'classes': classifier.classes, 'model': classifier.made, 'bf16': classifier.precision.bf16,
-             'reader': _described(reader), 'versions': versions(), 'sha256': hashlib.sha256(content).hexdigest()}
+    about = {'format': format_version, 'classes': [str(c) for c in classifier.classes], 'model': classifier.made,
+             'bf16': classifier.precision.bf16, 'reader': _described(reader), 'versions': versions(),
+             'sha256': hashlib.sha256(content).hexdigest()}
     atomic_write(folder/'model.safetensors', content)
     atomic_write(folder/'model.json', json.dumps(about, indent=1))
 
@@ -93,11 +94,14 @@ def load_classifier(
     model_fn=None, # Function without arguments that makes the model, for one that cannot be made by name
     device:str='auto', # Where the model goes
 )->Classifier:
-    """A classifier from its files, no code of theirs run. Raises `OSError` when they cannot be read, `ValueError` with one sentence when they are damaged, do not
-    belong together, or need a `model_fn`."""
+    """A classifier from its files, no code of theirs run. Raises `OSError` when they cannot be read, `ValueError` with one sentence when
+    they are damaged, do not belong together, or need a `model_fn`."""
     from safetensors.torch import load
-    try: about, content = json.loads((Path(folder)/'model.json').read_text(encoding='utf-8')), (Path(folder)/'model.safetensors').read_bytes()
-    except FileNotFoundError as e: raise FileNotFoundError(f'there is no {Path(e.filename).name} in {str(folder)!r}: was a run with out_dir ended there?') from None
+    try:
+        about = json.loads((Path(folder)/'model.json').read_text(encoding='utf-8'))
+        content = (Path(folder)/'model.safetensors').read_bytes()
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f'there is no {Path(e.filename).name} in {str(folder)!r}: was a run with out_dir ended there?') from None
     except OSError as e: raise type(e)(f'the classifier in {str(folder)!r} cannot be read: {e.strerror}') from None
     except ValueError: raise ValueError(f'{Path(folder)/"model.json"} is damaged: it is no JSON') from None
     if not isinstance(about, dict) or about.get('format') != format_version:
@@ -108,8 +112,8 @@ def load_classifier(
     for name, t in load(content).items(): parts[name.partition('.')[0]][name.partition('.')[2]] = t
     model = _make(about['model'], model_fn)
     fill_weights(model, parts['model'], Path(folder)/'model.safetensors')
-    return Classifier(model.to(get_device(device)).eval(), _reader(about['reader'], parts['reader']), tuple(about['classes']), about['model'],
-                      Precision(about['bf16']))
+    return Classifier(model.to(get_device(device)).eval(), _reader(about['reader'], parts['reader']), tuple(about['classes']),
+                      about['model'], Precision(about['bf16']))
 
 def _make(made, model_fn):
     "A fresh model"
@@ -163,5 +167,6 @@ def export_onnx(
         base = classifier.reader.images
         shape = (3, whole.size, whole.size) if base.cut else (3, *base.shape[1:])
     rows = torch.export.Dim('n', min=1)
-    program = torch.onnx.export(whole, (torch.rand(2, *shape),), dynamo=True, input_names=['x'], output_names=['probabilities'], dynamic_shapes=({0: rows},), verbose=False)
+    program = torch.onnx.export(whole, (torch.rand(2, *shape),), dynamo=True, input_names=['x'], output_names=['probabilities'],
+                                dynamic_shapes=({0: rows},), verbose=False)
     program.save(str(path))

@@ -48,7 +48,8 @@ def _go(main, name, words):
 @_command
 def predict_(words):
     "name the classes of new images: predict FOLDER_OF_THE_RUN IMAGES > labels.csv"
-    parser = argparse.ArgumentParser('curve_reweight predict', description='Name the classes of images with the classifier that a run left.')
+    parser = argparse.ArgumentParser('curve_reweight predict',
+                                     description='Name the classes of images with the classifier that a run left.')
     parser.add_argument('run', help='out_dir of the run')
     parser.add_argument('images', nargs='+', help='image files, or folders of them')
     parser.add_argument('--probabilities', action='store_true', help='a column for each class too')
@@ -76,19 +77,22 @@ def suspects_(words):
     "tell which labels to look at: suspects FOLDER_OF_THE_RUN [--images FOLDER]"
     parser = argparse.ArgumentParser('curve_reweight suspects', description='Labels that the classifier of a run believes least.')
     parser.add_argument('run', help='out_dir of the run')
-    parser.add_argument('--images', help='folder with other images, <class>/…, whose labels are to be judged (default: those of the training)')
+    parser.add_argument('--images',
+                        help='folder with other images, <class>/…, whose labels are to be judged (default: those of the training)')
     parser.add_argument('--most', type=int, default=20, help='lines to print (default: 20)')
     parser.add_argument('--out', help='CSV file for all lines; beside it the pictures, as .html (with --images)')
     parser.add_argument('--device', default='auto', help='where to compute (default: auto)')
     given = parser.parse_args(words)
-    if given.images is None and given.out: parser.error(f'--out is for --images; those of the training are in {Path(given.run)/"suspects.csv"}')
+    if given.images is None and given.out:
+        parser.error(f'--out is for --images; those of the training are in {Path(given.run)/"suspects.csv"}')
     table = judged(given.run, given.images, given.device) if given.images else _of_the_run(given.run)
     from curve_reweight.suspects import contact_sheet, expected_errors
     if given.out:
         from curve_reweight.data import ImageFiles
         atomic_write(given.out, csv_text(table))
         contact_sheet(table, ImageFiles(table.name), {i: i for i in table['index']}, Path(given.out).with_suffix('.html'))
-    print(expected_errors(table).rename(columns={'expected_wrong': 'expected wrong', 'mostly': 'mostly taken for'}).round(2).to_string(index=False))
+    errors = expected_errors(table).rename(columns={'expected_wrong': 'expected wrong', 'mostly': 'mostly taken for'})
+    print(errors.round(2).to_string(index=False))
     print('\n' + table.head(given.most).drop(columns=['index'] if 'name' in table else []).to_string(index=False))
 
 def _of_the_run(run):
@@ -102,7 +106,8 @@ def judged(
     images:str|Path, # Folder with a folder for each class
     device:str='auto', # Where to compute
 )->pd.DataFrame: # See `suspects.judge_labels`; the least believed first
-    "What a classifier says of the labels of other images. Raises `ValueError` or `OSError` with one sentence, also for a class that it does not know."
+    """What a classifier says of the labels of other images. Raises `ValueError` or `OSError` with one sentence, also for a class that it
+    does not know."""
     from curve_reweight.classifier import images_in, load_classifier
     from curve_reweight.datasets import class_index
     from curve_reweight.suspects import judge_labels
@@ -143,7 +148,8 @@ def main(
     name, rest = (words[0], words[1:]) if words and words[0] in commands else ('run', words)
     if name == 'run' and rest and not rest[0].startswith('-'):
         near = difflib.get_close_matches(rest[0], commands, 1)
-        raise SystemExit(f'curve_reweight: unknown word {rest[0]!r}' + (f', did you mean {near[0]!r}?' if near else f'; known: {", ".join(commands)}'))
+        hint = f', did you mean {near[0]!r}?' if near else f'; known: {", ".join(commands)}'
+        raise SystemExit(f'curve_reweight: unknown word {rest[0]!r}{hint}')
     try: commands[name](rest)
     except (ImportError, OSError, ValueError) as e: raise SystemExit(f'curve_reweight: {e}') from None
     except KeyboardInterrupt: raise SystemExit('curve_reweight: interrupted') from None

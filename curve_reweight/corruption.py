@@ -199,7 +199,8 @@ def check_map(
     "The map with integer keys. Raises `ValueError` when it is missing or names a class that does not exist."
     if not noise_map: raise ValueError('asymmetric noise needs noise_map, a map from class to class such as {2: 7, 3: 8}')
     for pair in noise_map.items():
-        if any(not float(c).is_integer() for c in pair): raise ValueError(f'noise_map sends {pair[0]} to {pair[1]}, but classes are whole numbers')
+        if any(not float(c).is_integer() for c in pair):
+            raise ValueError(f'noise_map sends {pair[0]} to {pair[1]}, but classes are whole numbers')
         if int(pair[0]) == int(pair[1]): raise ValueError(f'noise_map sends class {pair[0]} to itself, which is no noise: leave it out')
     noise_map = {int(i): int(j) for i, j in noise_map.items()}
     wrong = [c for pair in noise_map.items() for c in pair if not 0 <= c < n_classes]
@@ -529,8 +530,8 @@ def biased_from_samples(
     classes, # Class names `[C]`
     val:Samples|None=None, # Verified, to choose settings and epochs by; None: there are none
 )->BiasedData:
-    """Biased data from samples as they are. Raises `ValueError` when a class has no meta sample or no training sample, and when the same samples stand
-    in two parts."""
+    """Biased data from samples as they are. Raises `ValueError` when a class has no meta sample or no training sample, and when the same
+    samples stand in two parts."""
     _check_classes(classes)
     parts = {'train': train, 'meta': meta, 'test': test, 'val': val}
     for name, samples in parts.items():
@@ -558,8 +559,8 @@ def biased_from_real(
     made = biased_from_samples(real.train.take(stay), meta, real.test, real.classes, real.val)
     known = real.true_labels is not None
     return replace(made, true_labels=real.true_labels[stay] if known else made.train.y, truth_known=known, index_train=stay,
-                   index_meta=index_meta, name=real.name, names=None if real.names is None else real.names[stay], test_names=real.test_names,
-                   reader=real.reader)
+                   index_meta=index_meta, name=real.name, names=None if real.names is None else real.names[stay],
+                   test_names=real.test_names, reader=real.reader)
 
 def _meta_of(real, meta_per_class, seed):
     "Meta set or None, its positions (behind the train set's end where it comes from elsewhere), and the positions that stay to train on"

@@ -74,8 +74,10 @@ def _numbers(x, name):
     "Inputs as an array of real numbers, or a `ValueError`"
     try: found = x if isinstance(x, torch.Tensor) else np.asarray(x)
     except ValueError: raise ValueError(f'{name}: inputs differ in size, wanted the same number of values for each') from None
-    if isinstance(found, np.ndarray) and found.dtype.kind not in 'biuf': raise ValueError(f'{name}: inputs are of type {found.dtype}, wanted real numbers')
-    if isinstance(found, torch.Tensor) and found.is_complex(): raise ValueError(f'{name}: inputs are of type {found.dtype}, wanted real numbers')
+    if isinstance(found, np.ndarray) and found.dtype.kind not in 'biuf':
+        raise ValueError(f'{name}: inputs are of type {found.dtype}, wanted real numbers')
+    if isinstance(found, torch.Tensor) and found.is_complex():
+        raise ValueError(f'{name}: inputs are of type {found.dtype}, wanted real numbers')
     if found.ndim == 0: raise ValueError(f'{name}: inputs are a single number, wanted one row for each sample')
     return found
 
@@ -207,7 +209,8 @@ def read_image(
         if Path(path).exists() and not Path(path).is_file(): raise ValueError('it is no file')
         with Image.open(path, formats=image_formats) as image:
             if draft: image.draft('RGB', (1, 1))
-            if max(image.size) > 50*min(image.size): raise ValueError(f'it has {image.width}×{image.height} pixels, and one side at most 50 times the other is wanted')
+            if max(image.size) > 50*min(image.size):
+                raise ValueError(f'it has {image.width}×{image.height} pixels, and one side at most 50 times the other is wanted')
             if image.mode[0] in 'IF': raise ValueError(f'its pixels are of type {image.mode}; save it with 8 bits a channel')
             image = ImageOps.exif_transpose(image)
             if 'transparency' in image.info: image = image.convert('RGBA')
@@ -360,8 +363,8 @@ def are_paths(
 
 @dataclass(frozen=True)
 class Reader:
-    """How inputs that come later are brought into the form of those in a data set: called with them, gives float32 `[n, …]`, an `ImageTensor`
-    or an `ImageFiles`. Raises `ValueError` with one sentence for what cannot be brought into it."""
+    """How inputs that come later are brought into the form of those in a data set: called with them, gives float32 `[n, …]`, an
+    `ImageTensor` or an `ImageFiles`. Raises `ValueError` with one sentence for what cannot be brought into it."""
     shape: tuple # Of one input: (channels, height, width) of an image, (d,) of a vector
     mean: tuple|None=None # Of each channel of images, in 0–1; None: inputs are numbers as they come
     sd: tuple|None=None # Of each channel of images, in 0–1
@@ -380,7 +383,8 @@ class Reader:
     def _read(self, paths):
         "Images from files"
         if self.mean is None: raise ValueError(f'the classifier takes numbers, {self.shape} an input, and not files')
-        if not self.cut: return ImageTensor(torch.stack([self._whole(path) for path in progress(paths, 'reading images')]), self.mean, self.sd, 0, False)
+        if not self.cut:
+            return ImageTensor(torch.stack([self._whole(path) for path in progress(paths, 'reading images')]), self.mean, self.sd, 0, False)
         check_images(paths)
         return ImageFiles(paths, self.shape[1], mean=self.mean, sd=self.sd)
 
@@ -388,7 +392,8 @@ class Reader:
         "An image of the shape `[channels, height, width]`, uint8"
         image = read_image(path).convert('L' if self.shape[0] == 1 else 'RGB')
         if (image.height, image.width) != self.shape[1:]:
-            raise ValueError(f'{path} has {image.width}×{image.height} pixels, and the images of the training had {self.shape[2]}×{self.shape[1]}')
+            raise ValueError(f'{path} has {image.width}×{image.height} pixels, '
+                             f'and the images of the training had {self.shape[2]}×{self.shape[1]}')
         return v2.functional.pil_to_tensor(image)
 
 def reader_of(

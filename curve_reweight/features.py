@@ -217,10 +217,17 @@ def faster_precision(
     _look(model, x, 'float32'), _look(model, x, 'bf16')
     return min(precisions, key=lambda precision: min(seconds(precision) for _ in range(3)))
 
-# %% ../nbs/01b_features.ipynb #03776f7b
+# %% ../nbs/01b_features.ipynb #be1bded3
 feature_cache = '~/.cache/curve_reweight/features' # Folder where features are kept unless another is given
 recipe = 1 # Counted up when the same images get other features
 
+def _check_images(images):
+    "Refuse what cannot be looked at"
+    if not isinstance(images, (ImageTensor, ImageFiles)):
+        raise TypeError(f'features are seen in an ImageTensor or ImageFiles, not in a {type(images).__name__}')
+    if images.shape[1] not in (1, 3): raise ValueError(f'features are seen in images of 1 or 3 channels, not {images.shape[1]}')
+
+# %% ../nbs/01b_features.ipynb #03776f7b
 class Extractor:
     """A network that looks at images, made when the first has to be looked at: `ImageTensor` or `ImageFiles` of N images → `[N, d]`,
     float32, on the CPU. Raises `ValueError` or `OSError` for what cannot be used, with one sentence."""
@@ -279,12 +286,6 @@ class Extractor:
         write_vectors(place(self.precision), vectors)
         return vectors
 
-def _check_images(images):
-    "Refuse what cannot be looked at"
-    if not isinstance(images, (ImageTensor, ImageFiles)):
-        raise TypeError(f'features are seen in an ImageTensor or ImageFiles, not in a {type(images).__name__}')
-    if images.shape[1] not in (1, 3): raise ValueError(f'features are seen in images of 1 or 3 channels, not {images.shape[1]}')
-
 # %% ../nbs/01b_features.ipynb #2baaca5b
 def extract_features(
     images, # `ImageTensor` or `ImageFiles`, N of them
@@ -297,8 +298,8 @@ def extract_features(
 # %% ../nbs/01b_features.ipynb #1b7a8ae0
 @dataclass(frozen=True, eq=False)
 class FeatureReader:
-    """How images that come later become vectors like those of a data set: called with files or images, gives float32 `[n, d]`. Raises `ValueError` or
-    `OSError` with one sentence for what cannot be seen, and when the network's weights are not those of the data set."""
+    """How images that come later become vectors like those of a data set: called with files or images, gives float32 `[n, d]`. Raises
+    `ValueError` or `OSError` with one sentence for what cannot be seen, and when the network's weights are not those of the data set."""
     images: Reader # Brings images into the form of the data set
     net: str # See `find_feature_net`
     weights: str # File of its weights; empty: those that come with it
@@ -313,7 +314,8 @@ class FeatureReader:
 
     def __call__(self, X, cache=feature_cache, device='auto'):
         look = Extractor(self.net, self.weights, self.size, precision=self.precision, cache=cache, device=device)
-        if look.digest != self.digest: raise ValueError(f'the weights {str(look.file)!r} are not those that the training images were seen with')
+        if look.digest != self.digest:
+            raise ValueError(f'the weights {str(look.file)!r} are not those that the training images were seen with')
         return self.standard(look(self.images(X)))
 
     def standard(self, x):

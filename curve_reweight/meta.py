@@ -149,8 +149,8 @@ def meta_gradient(
     engine:str='jvp', # One of `engines`
     gates=None, # Choose the parameters that take part and learn to, see `slmo.LayerGates`; None: all
 )->tuple: # Meta loss (a number in a tensor), and its gradient by `weighted_D` `[n, C]`
-    """Gradient of the meta loss after a virtual step, by the weighted logit gradient (MW-Net, Eqs. 3–6). Raises `ValueError` for an unknown
-    engine."""
+    """Gradient of the meta loss after a virtual step, by the weighted logit gradient (MW-Net, Eqs. 3–6). Raises `ValueError` for an
+    unknown engine."""
     if engine not in engines: raise ValueError(f'unknown engine {engine!r}; known: {", ".join(engines)}')
     if engine == 'double_backward': return double_backward(forward, optimizer, weighted_D, x_meta, y_meta, step, gates)
     D = weighted_D.detach()

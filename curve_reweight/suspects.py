@@ -28,10 +28,12 @@ def judge_labels(
     index=None, # What each sample is known by `[n]`; None: its position
     names=None, # What it is called `[n]`, such as its file; None: it has no name
 )->pd.DataFrame: # `index, [name,] label, suggested, p_label, p_suggested`
-    "Given labels beside the class that a classifier takes the samples for, and the probabilities of the two. Raises `ValueError` for wrong sizes."
+    """Given labels beside the class that a classifier takes the samples for, and the probabilities of the two. Raises `ValueError` for
+    wrong sizes."""
     chances, labels = torch.as_tensor(chances).cpu(), torch.as_tensor(labels).cpu()
     if chances.shape != (len(labels), len(classes)):
-        raise ValueError(f'probabilities are {tuple(chances.shape)}, wanted one of each of {len(classes)} classes for {len(labels)} samples')
+        raise ValueError(f'probabilities are {tuple(chances.shape)}, '
+                         f'wanted one of each of {len(classes)} classes for {len(labels)} samples')
     words, (best, guess) = np.array(classes), chances.max(1)
     return pd.DataFrame({'index': np.arange(len(labels)) if index is None else index, **({} if names is None else {'name': names}),
                          'label': words[labels], 'suggested': words[guess], 'p_label': chances.gather(1, labels[:, None])[:, 0].numpy(),
@@ -54,7 +56,8 @@ def rank_labels(
 def expected_errors(
     table:pd.DataFrame, # Of `rank_labels`
 )->pd.DataFrame: # A row a class: `label, labels, expected_wrong, share, mostly`
-    "Per observed class: labels, how many of them the classifier takes for another class, their share, and the class that it mostly takes them for."
+    """Per observed class: labels, how many of them the classifier takes for another class, their share, and the class that it mostly takes
+    them for."""
     wrong = table.suggested != table.label
     counts = wrong.groupby(table.label).agg(labels='size', expected_wrong='sum', share='mean')
     other = table[wrong].groupby('label').suggested.agg(lambda s: s.value_counts().index[0])
@@ -93,18 +96,22 @@ body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 76em;
 section > div {{ display: flex; flex-wrap: wrap; gap: 10px }}
 figure {{ margin: 0; width: 128px; font-size: 12px; overflow-wrap: anywhere }}
 figure img {{ width: 128px; height: 128px; object-fit: contain; background: #f3f3f3; image-rendering: pixelated }}
-table {{ border-collapse: collapse; margin: 1em 0 }} td, th {{ padding: 2px 12px; text-align: right }} td:first-child, th:first-child {{ text-align: left }}
+table {{ border-collapse: collapse; margin: 1em 0 }} td, th {{ padding: 2px 12px; text-align: right }} \
+td:first-child, th:first-child {{ text-align: left }}
 form {{ position: sticky; top: 0; background: white; padding: 8px 0 }} b {{ color: #b03020 }} [hidden] {{ display: none !important }}
 </style></head><body>
 <h1>{title}</h1>
 <p>{about}</p>
 {errors}
 <details><summary>Given labels by what they are taken for</summary>{flow}</details>
-<p>What to do next: look at the pictures. A label that is right although it stands here is a hard case, and worth more to the checked set than an easy one;
-where the suggested class is right, correct the label in your own list, and train again. Classes with many expected errors may have a cause of their own, such
+<p>What to do next: look at the pictures. A label that is right although it stands here is a hard case, and worth more to the checked set \
+than an easy one;
+where the suggested class is right, correct the label in your own list, and train again. Classes with many expected errors may have a \
+cause of their own, such
 as two names for one thing.</p>
 <form><label>given label <select id="label"><option value="">all</option>{options}</select></label>
-<label>probability of it at most <input id="most" type="range" min="0" max="1" step="0.01" value="1"><output id="shown">1.00</output></label></form>
+<label>probability of it at most <input id="most" type="range" min="0" max="1" step="0.01" value="1">\
+<output id="shown">1.00</output></label></form>
 {sections}
 <script>
 const label = document.getElementById('label'), most = document.getElementById('most'), shown = document.getElementById('shown')
@@ -148,4 +155,5 @@ def _figure(row, picture):
     "A suspect with its labels"
     name, given, other = (html.escape(str(row.get(key, row['index']))) for key in ('name', 'label', 'suggested'))
     said = f'{given} → <b>{other}</b><br>{row["p_label"]:.3f} → {row["p_suggested"]:.3f}'
-    return f'<figure data-p="{row["p_label"]:.4f}"><img alt="{given}" src="{_inline(picture, 128)}"><figcaption>{name}<br>{said}</figcaption></figure>'
+    image = f'<img alt="{given}" src="{_inline(picture, 128)}">'
+    return f'<figure data-p="{row["p_label"]:.4f}">{image}<figcaption>{name}<br>{said}</figcaption></figure>'

@@ -365,8 +365,9 @@ def ce(task):
 
 @method('oracle', 'oracle (clean samples only)')
 def oracle(task):
-    """Plain training on the truly clean samples; as weights, which ones these are. Raises `ValueError` when nobody knows the true labels."""
-    if not task.data.truth_known: raise ValueError('the oracle trains on the samples whose labels are right, and nobody knows which these are')
+    "Plain training on the truly clean samples; as weights, which ones these are. Raises `ValueError` when nobody knows the true labels."
+    if not task.data.truth_known:
+        raise ValueError('the oracle trains on the samples whose labels are right, and nobody knows which these are')
     return replace(task.train(data=only_clean(task.data)), weights=(~task.data.noisy).float().cpu())
 
 @method('meta_only', 'clean set only', needs_clean=True)

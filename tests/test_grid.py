@@ -331,7 +331,8 @@ import os, time""") + """
 def test_direct_runs_give_the_rows_of_runs_by_themselves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'mine.py').write_text(watched)
-    blocks = {'package': {'product': {'method': ['ce', 'gdw']}}, 'mine': {'fixed': {'method': 'mine.py:Trust'}, 'product': {'power': [1, 3]}}}
+    blocks = {'package': {'product': {'method': ['ce', 'gdw']}},
+              'mine': {'fixed': {'method': 'mine.py:Trust'}, 'product': {'power': [1, 3]}}}
     settings = {'name': 'g', 'fixed': {'epochs': 2, 'noise_rate': .2}, 'blocks': blocks}
     table = grid.run_grid(settings, 'runs', direct=True, threads=1)
     assert table.status.tolist() == ['done', 'done', 'done', 'failed'], table.error.tolist()
@@ -463,12 +464,14 @@ def test_rows_of_changed_code_are_confirmed_by_a_few_runs(tmp_path, monkeypatch)
     after = grid.run_grid(path, tmp_path/'there', direct=True, confirm=1)
     assert len(ran[0]) == 2, 'one of each kind'
     rows = pd.read_csv(table)
-    assert rows[rows.method == 'ce'].code.tolist() == ['new ce']*3 and rows[rows.method == 'ce'].commit.tolist() == ['second', 'first', 'first']
+    assert rows[rows.method == 'ce'].code.tolist() == ['new ce']*3
+    assert rows[rows.method == 'ce'].commit.tolist() == ['second', 'first', 'first']
     assert rows[rows.method == 'gdw'].code.tolist() == ['new gdw', 'old gdw', 'old gdw']
     assert after.status.tolist().count('differs') == 1 and after.error.max() == 'test_acc_last is 80.26, was 80.25'
     again = grid.run_grid(path, tmp_path/'third', dry_run=True, direct=True).status.tolist()
     assert again.count('in table') == 4 and again.count('other code') == 2
-    with pytest.raises(ValueError, match='confirm is how many rows'): grid.run_grid(path, tmp_path/'there', direct=True, confirm=1, any_code=True)
+    with pytest.raises(ValueError, match='confirm is how many rows'):
+        grid.run_grid(path, tmp_path/'there', direct=True, confirm=1, any_code=True)
 
 
 def test_tuned_parameters_reach_the_run(tmp_path):

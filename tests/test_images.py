@@ -21,8 +21,8 @@ from curve_reweight.reuse import Compiled, forward_pass
 from curve_reweight.steps import optimizer_step, step_and_meta_gradient
 from curve_reweight.weighting import logit_gradient
 
-few = dict(dataset='cifar10_jpeg', model='resnet32', noise_kind='flip2', imbalance_ratio=2., meta_per_class=2, probe_epochs=2, epochs=2, batch_size=50,
-           meta_batch_size=20)
+few = dict(dataset='cifar10_jpeg', model='resnet32', noise_kind='flip2', imbalance_ratio=2., meta_per_class=2, probe_epochs=2, epochs=2,
+           batch_size=50, meta_batch_size=20)
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +35,9 @@ def jpegs(tmp_path_factory):
             folder.mkdir(parents=True)
             for i in range(n):
                 if given: shutil.copy(Path(given)/part/name/f'{i:04}.jpg', folder)
-                else: Image.fromarray((draw.integers(0, 128, (32, 32, 3)) + 100*np.array([c & 1, c >> 1 & 1, c >> 2 & 1])).astype(np.uint8)).save(folder/f'{i:04}.jpg', quality=75)
+                else:
+                    pixels = draw.integers(0, 128, (32, 32, 3)) + 100*np.array([c & 1, c >> 1 & 1, c >> 2 & 1])
+                    Image.fromarray(pixels.astype(np.uint8)).save(folder/f'{i:04}.jpg', quality=75)
     return root
 
 
@@ -67,7 +69,8 @@ compiles = pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile
 
 @pytest.mark.slow
 @compiles
-@pytest.mark.parametrize('how', [dict(method='ce'), dict(method='curvenet_gdw', drop_epochs=0), dict(method='mwnet', online=True, skip_layers=1)], ids=lambda how: how['method'])
+@pytest.mark.parametrize('how', [dict(method='ce'), dict(method='curvenet_gdw', drop_epochs=0),
+                                 dict(method='mwnet', online=True, skip_layers=1)], ids=lambda how: how['method'])
 def test_compiled_steps_compute_the_same(how):
     data = dict(dataset='digits', model='small_cnn', train_on_meta=False, imbalance_ratio=1.)
     eager = Setting(**data, **how, epochs=3, probe_epochs=3, batch_size=64, lr=.01)
@@ -83,7 +86,8 @@ def test_compiled_meta_gradient_with_dropout_and_batch_norm(engine):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(.3), nn.Linear(16, 4)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
-    batches = [(torch.randn(n, 6, dtype=torch.float64), torch.randint(4, (n,)), torch.randn(9, 6, dtype=torch.float64), torch.randint(4, (9,))) for n in (8, 8, 5)]
+    batches = [(torch.randn(n, 6, dtype=torch.float64), torch.randint(4, (n,)),
+                torch.randn(9, 6, dtype=torch.float64), torch.randint(4, (9,))) for n in (8, 8, 5)]
 
     def gradients(passes):
         "Meta gradients of three batches in a row, the last of another size, by look-ahead and online"

@@ -63,6 +63,7 @@ def test_links_lead_somewhere(root):
 
 def test_pages_name_files_that_are_there(root):
     pages = [root/'README.md', *(root/'grids').glob('*.md'), *(root/'docs').glob('*.md')]
-    named = {(path.name, file) for path in pages for file in re.findall(r'\b(?:grids|results|nbs|\.ci)/[\w/]+\.(?:yaml|csv|ipynb|py)\b', markdown_of(path))}
+    named = {(path.name, file) for path in pages
+             for file in re.findall(r'\b(?:grids|results|nbs|\.ci)/[\w/]+\.(?:yaml|csv|ipynb|py)\b', markdown_of(path))}
     missing = [f'{page}: {file}' for page, file in named if not (root/file).exists()]
     assert named and not missing

@@ -111,7 +111,8 @@ def test_command_says_what_is_wrong_in_one_sentence(words, message):
 
 def test_import_needs_no_notebook_packages_and_little_time():
     block = "import sys\nfor m in 'nbdev', 'papermill', 'IPython', 'jupyter', 'ipykernel', 'execnb': sys.modules[m] = None\n"
-    code = block + "import curve_reweight\nfrom curve_reweight import Setting, Weighting, run\nimport curve_reweight.plots\nprint(Setting().method)"
+    code = block + "import curve_reweight\nfrom curve_reweight import Setting, Weighting, run\n" \
+           "import curve_reweight.plots\nprint(Setting().method)"
     done = python('-c', code, cwd=os.path.sep)
     assert done.stdout == 'curvenet_gdw\n', done.stderr
     done = python('-X', 'importtime', '-c', 'import curve_reweight')
@@ -120,7 +121,7 @@ def test_import_needs_no_notebook_packages_and_little_time():
 
 @pytest.mark.slow
 def test_papermill_command_writes_its_files(root, tmp_path):
-    done = python('-m', 'papermill', str(root/'nbs'/'20_run_setting.ipynb'), str(tmp_path/'n.ipynb'), '-p', 'epochs', '3', '-p', 'probe_epochs', '6',
-                  '-p', 'method', 'mwnet', '-p', 'out_dir', str(tmp_path), cwd=tmp_path)
+    done = python('-m', 'papermill', str(root/'nbs'/'20_run_setting.ipynb'), str(tmp_path/'n.ipynb'), '-p', 'epochs', '3',
+                  '-p', 'probe_epochs', '6', '-p', 'method', 'mwnet', '-p', 'out_dir', str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {'row.json', 'history.csv', 'suspects.csv', 'comparison.csv'} <= {p.name for p in tmp_path.iterdir()}

@@ -140,7 +140,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     before = (tmp_path/'checkpoint.pt').read_bytes()
     import builtins
     real = builtins.open
-    monkeypatch.setattr(builtins, 'open', lambda path, mode='r', *a, **k: real('/dev/full', mode.replace('x', 'w'), *a, **k) if '.part' in str(path) and mode[0] in 'wx' else real(path, mode, *a, **k))
+    monkeypatch.setattr(builtins, 'open', lambda path, mode='r', *a, **k: real('/dev/full', mode.replace('x', 'w'), *a, **k)
+                        if '.part' in str(path) and mode[0] in 'wx' else real(path, mode, *a, **k))
     with pytest.raises(OSError, match='[Nn]o space'): save_checkpoint(tmp_path, {'step': 2, 'x': torch.zeros(100_000)})
     monkeypatch.undo()
     assert (tmp_path/'checkpoint.pt').read_bytes() == before and [p.name for p in tmp_path.iterdir() if p.suffix != '.pt'] == []
