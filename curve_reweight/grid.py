@@ -6,8 +6,9 @@
 __all__ = ['backends', 'load_grid', 'setting_key', 'expand', 'Job', 'make_jobs', 'code_version', 'job_status', 'run_job',
            'gather', 'estimate_seconds', 'find_notebook', 'run_grid', 'parse_grid_args', 'grid_report', 'main']
 
-# %% ../nbs/15_grid.ipynb #2116eec0
-import argparse, ast, hashlib, importlib.util, io, itertools, json, math, os, re, signal, subprocess, sys, threading, time, traceback, typing
+# %% ../nbs/15_grid.ipynb #5c4c5085
+import argparse, ast, hashlib, importlib.util, io, itertools, json, math, os, re, signal
+import subprocess, sys, threading, time, traceback, typing
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
 from contextlib import ExitStack, nullcontext
@@ -341,7 +342,8 @@ _no_part = {'core': ('Checkpoints', 'atomic_write', 'git_commit', 'lock', 'make_
 
 def _roots(setting):
     "Where the code of a run begins, and what is left aside"
-    entries = [table[getattr(setting, name)] for name, table in choices.items() if isinstance(table, dict) and getattr(setting, name) in table]
+    tables = {name: table for name, table in choices.items() if isinstance(table, dict)}
+    entries = [table[getattr(setting, name)] for name, table in tables.items() if getattr(setting, name) in table]
     entries += [train_crops[setting.crop or 'random'], setting.declared.factory]
     roots = {('experiment', name) for name in ('setting_data', '_maker', '_trained', '_results')}
     roots |= {_defined_at(f) for f in entries if f.__module__.startswith('curve_reweight.')}
@@ -579,9 +581,10 @@ def _in_words(rows):
     return pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False).to_dict('records')
 
 def _of_setting(by_code, setting):
-    "Those of a key's rows that are the setting's; since a key leaves defaults out, another default may have made them"
+    """Those of a key's rows that are the setting's; since a key leaves defaults out, another default may have made them. Parameters that a
+    row is too old for are filled in"""
     wanted = _in_words([_flat(_facts(setting))])[0] if by_code else {}
-    return {code: row for code, row in by_code.items() if _same(row, wanted)}
+    return {code: row | wanted | row for code, row in by_code.items() if _same(row, wanted)}
 
 def _gather_table(path, jobs, codes):
     "Write the rows of a grid's runs into its table, beside those that are there"
@@ -901,7 +904,8 @@ def parse_grid_args(
     how = 'for submitit: timeout_min=600 slurm_partition=gpu …, cluster=local to try it'
     add('--slurm', nargs='+', action='extend', metavar='KEY=VALUE', help=how)
     add('--any-code', action='store_true', help='take finished runs of other code as done')
-    add('--confirm', type=int, default=0, metavar='N', help='run N of each kind of row of other code again, take the rest over where these agree')
+    add('--confirm', type=int, default=0, metavar='N',
+        help='run N of each kind of row of other code again, take the rest over where these agree')
     given = vars(parser.parse_args(args))
     try: given['slurm'] = {k: yaml.safe_load(v) for k, v in (word.split('=', 1) for word in given['slurm'] or ())} or None
     except (ValueError, yaml.YAMLError): parser.error('--slurm wants KEY=VALUE')
