@@ -125,9 +125,9 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
 
     After `fit`: `classes_`; `model_`, the trained module; `sample_weight_ [n]`, learned weights by training row (checked rows 1; None for
     a method without weights); `label_quality_ [n]`, probability that the model gives to each row's label; `suggested_labels_ [n]`, the
-    classes that it predicts; `history_`, a row an epoch."""
+    classes that it predicts (both with `judge_folds` by models that have not seen the row); `history_`, a row an epoch."""
     def __init__(self,
-        method='curvenet_gdw', # Method, see `Setting`
+        method='insw', # Method, see `Setting`
         model=None, # Classifier: a key of `models`, a function without arguments that makes a fresh module, or None, by the inputs
         features=None, # Frozen network that looks at images, see `features.find_feature_net`; None: none
         epochs=20, # Epochs of training, and of the probe where there is one
@@ -135,10 +135,11 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
         lr=.08, # Highest learning rate
         random_state=0, # Seed, a `RandomState` or None
         device='auto', # Where to train
+        judge_folds=0, # Parts of the rows, each judged for wrong labels by a model that has not seen it; 0: by the trained model
         settings=None, # Further parameters of `Setting`, by name
     ):
         self.method, self.model, self.features, self.epochs, self.batch_size, self.lr = method, model, features, epochs, batch_size, lr
-        self.random_state, self.device, self.settings = random_state, device, settings
+        self.random_state, self.device, self.judge_folds, self.settings = random_state, device, judge_folds, settings
 
     def fit(self,
         X, # Training inputs `[n, …]`, see `kind_of`; or a torch `Dataset` of inputs and labels
@@ -167,6 +168,7 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
         done = self._run(train, meta)
         self.model_, self.history_ = done.result.model.cpu().eval(), done.result.history.drop(columns=['test_acc'])
         chances = probabilities(self.model_, every)
+        if done.judged is not None: chances[np.flatnonzero(~clean)] = done.judged
         self.label_quality_ = chances.gather(1, every.y[:, None])[:, 0].numpy()
         self.suggested_labels_ = self.classes_[chances.argmax(1).numpy()]
         weights = done.result.weights
@@ -199,7 +201,7 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
 def _run(self:ReweightedClassifier, train, meta):
     "Train on samples"
     own = {'method': self.method, 'epochs': self.epochs, 'probe_epochs': self.epochs, 'batch_size': self.batch_size, 'lr': self.lr,
-           'device': self.device, 'seed': int(check_random_state(self.random_state).randint(2**31))}
+           'device': self.device, 'judge_folds': self.judge_folds, 'seed': int(check_random_state(self.random_state).randint(2**31))}
     if not callable(self.model): own['model'] = self.model or self.inputs_.model
     largest = int(torch.bincount(train.y).max())
     own['low_loss_per_class'] = max(1, min(Setting.low_loss_per_class, largest//2)) # all of a class are no choice

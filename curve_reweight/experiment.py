@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['results', 'setting_source', 'loaded_source', 'setting_data', 'setting_training', 'Run', 'fingerprint', 'train_images',
            'cached_probe', 'needed_probe', 'run', 'write_run', 'test_predictions', 'suspects', 'write_contact_sheet',
-           'main', 'said_of']
+           'probabilities_by_folds', 'main', 'said_of']
 
-# %% ../nbs/14_experiment.ipynb #58df405d
+# %% ../nbs/14_experiment.ipynb #ea781d2b
 import hashlib, importlib.util, json, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.model_selection import StratifiedKFold
 
 from .classifier import Classifier, export_onnx, factory_of, save_classifier
-from .core import Checkpoints, atomic_write, csv_text, get_device, git_commit, lock, make_out_dir, seed_everything
-from .core import versions, write_json
+from .core import Checkpoints, atomic_write, csv_text, get_device, git_commit, lock, make_out_dir, progress
+from .core import seed_everything, versions, write_json
 from .corruption import BiasedData, biased_from_real, make_biased, with_meta
 from .curves import low_loss
 from .data import ImageFiles, Source, reader_of, stream
@@ -32,8 +33,7 @@ from .loop import Plan, Precision, Training, predict, probabilities
 from .models import create_model
 from .probe import LossCurves, probe, probe_plan
 from .setting import BiasSetting, DataSetting, Setting, circumstances, facts, make_setting, may_probe, method_source
-from .setting import parse_args
-from .setting import setting_meta
+from .setting import parse_args, setting_meta
 from .slmo import split_model
 from .suspects import contact_sheet, rank_labels
 from .train import Task, TrainResult
@@ -97,6 +97,7 @@ class Run:
     curves: LossCurves|None # Of the probe, for methods that have one; behind the train samples the clean ones, if these are trained on
     predictions: torch.Tensor|None # Predicted classes of the test set; None without one
     classifier: Classifier # What later inputs are given to
+    judged: torch.Tensor|None=None # Probabilities of the classes of each train sample `[N, C]` by models that have not seen it
 
 # %% ../nbs/14_experiment.ipynb #c0328dff
 def fingerprint(
@@ -223,7 +224,8 @@ def _run(s, source, model_fn, curves):
     with _logger(s) as log: here, curves, result, predictions, seconds = _trained(s, data, here, fresh, curves, saved, log)
     row = {**_parameters(s, data, device, curves is not None), **_results(data, here, result, predictions), **seconds, **_machine(device)}
     kept = Classifier(result.model, data.reader or reader_of(data.train.x), tuple(map(str, data.classes)), made, setting_training(s).precision)
-    done = Run(row, data, result, curves, predictions, kept)
+    judged = probabilities_by_folds(s, data, model_fn) if s.judge_folds else None
+    done = Run(row, data, result, curves, predictions, kept, judged)
     if s.out_dir:
         if s.save_model: save_classifier(kept, s.out_dir)
         if s.onnx: _try_onnx(kept, Path(s.out_dir)/'model.onnx')
@@ -387,8 +389,9 @@ def test_predictions(
 def suspects(
     done:Run, # A run
 )->pd.DataFrame: # See `rank_labels`
-    "Train samples, those first whose label the trained model believes least."
-    return rank_labels(done.data, _chances(done, done.data.train), done.result.weights, done.curves)
+    "Train samples, those first whose label is believed least: by the trained model or, with `judge_folds`, by models that have not seen it."
+    chances = _chances(done, done.data.train) if done.judged is None else done.judged
+    return rank_labels(done.data, chances, done.result.weights, done.curves)
 
 def write_contact_sheet(
     setting:Setting, # Of the run
@@ -399,6 +402,19 @@ def write_contact_sheet(
     images = train_images(setting, done.data)
     positions = {index: place for place, index in enumerate(done.data.index_train)}
     if images is not None: contact_sheet(suspects(done), images, positions, path)
+
+# %% ../nbs/14_experiment.ipynb #ed8b3c3a
+def probabilities_by_folds(
+    setting:Setting, # `judge_folds` of 2 or more
+    data:BiasedData, # Whose train samples are judged
+    model_fn=None, # Own classifier, see `run`
+)->torch.Tensor: # `[N, C]`
+    "Probabilities of the classes of each train sample by a classifier trained on the parts that it is not in; all classes are in all parts."
+    alone, chances = replace(setting, judge_folds=0, out_dir='', tensorboard=False), torch.empty(len(data.train.y), data.n_classes)
+    parts = StratifiedKFold(setting.judge_folds, shuffle=True, random_state=setting.seed % 2**32).split(data.train.y, data.train.y.cpu())
+    for rest, part in progress(list(parts), 'judging labels'):
+        chances[part] = _chances(run(alone, data.take(rest), model_fn), data.train.take(torch.as_tensor(part)))
+    return chances
 
 # %% ../nbs/14_experiment.ipynb #cde7c1db
 def main():

@@ -98,7 +98,7 @@ class TrainingSetting:
 @dataclass(frozen=True)
 class MethodSetting:
     "Which method."
-    method:object = 'curvenet_gdw' # Method, or path/to/file.py:Name for one of your own; from Python also a class
+    method:object = 'insw' # Method, or path/to/file.py:Name for one of your own; from Python also a class
 
 @dataclass(frozen=True)
 class MachineSetting:
@@ -115,13 +115,14 @@ class MachineSetting:
     out_dir:str = '' # Folder for the results; empty: nothing is written
     save_model:bool = True # Keep the trained classifier in out_dir
     onnx:bool = False # Write it there as model.onnx too
+    judge_folds:int = 0 # Parts of the train set, each judged for wrong labels by a model that has not seen it; 0: by the trained model
     overwrite:bool = False # Remove the results of another run from out_dir; without it such a folder is refused
 
-# %% ../nbs/13a_setting.ipynb #dc893774
+# %% ../nbs/13a_setting.ipynb #ce07bb6d
 groups = {'data': DataSetting, 'bias': BiasSetting, 'probe': ProbeSetting, 'training': TrainingSetting,
           'method': MethodSetting, 'machine': MachineSetting}
 circumstances = ('device', 'out_dir', 'workers', 'features_cache', 'probe_cache', 'checkpoint_seconds',
-                 'tensorboard', 'save_model', 'onnx', 'overwrite') # Parameters that do not change a row
+                 'tensorboard', 'save_model', 'onnx', 'judge_folds', 'overwrite') # Parameters that do not change a row
 choices = { # Parameter → table or tuple of the names that it may have
     'dataset': sources, 'crop': (None, *train_crops), 'noise_kind': noise_kinds, 'imbalance_profile': imbalance_profiles,
     'imbalance_order': imbalance_orders, 'wave': waves, 'model': models, 'init': inits, 'precision': ('float32', 'bf16')}
@@ -243,7 +244,7 @@ def _unknown_step(setting):
     try: optimizer_step([], [], optimizer)
     except ValueError: return True
 
-# %% ../nbs/13a_setting.ipynb #48d8edbe
+# %% ../nbs/13a_setting.ipynb #f5838bb3
 ranges = { # What a number must be → test, and the names of parameters and options that it is for
     'above 0': (lambda v: v > 0, 'lr probe_lr weight_lr gate_lr adam_lr fine_lr outer_lr label_lr virtual_lr scale'.split()),
     'from 1 to 1,000,000': (lambda v: 1 <= v <= 10**6, ('epochs probe_epochs low_loss_per_class embedding open_layers gated_layers '
@@ -254,6 +255,7 @@ ranges = { # What a number must be → test, and the names of parameters and opt
     'a fraction from 0 to 1': (lambda v: 0 <= v <= 1, 'noise_rate drw_start label_share pace_start label_smoothing plain_start'.split()),
     'from 0 to less than 1': (lambda v: 0 <= v < 1, 'momentum beta forget_rate'.split()),
     'from 1 to 10,000': (lambda v: 1 <= v <= 10**4, ['features_size', 'image_size']),
+    '0, or from 2 to 100': (lambda v: v == 0 or 2 <= v <= 100, ['judge_folds']),
     'from 0 to 2**62': (lambda v: 0 <= v <= 2**62, 'seed split_seed map_seed draw_seed'.split()),
 }
 

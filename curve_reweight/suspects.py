@@ -76,7 +76,7 @@ def pictures(
 )->list: # Arrays `[height, width]` or `[height, width, 3]`
     "Some images, to be drawn."
     if isinstance(x, ImageFiles): return [np.asarray(read_image(x.paths[i])) for i in index]
-    some = (x.pixels if isinstance(x, ImageTensor) else x)[torch.as_tensor(index)].cpu()
+    some = (x.pixels if isinstance(x, ImageTensor) else x)[torch.as_tensor(index, dtype=torch.long)].cpu()
     return [image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy() for image in some]
 
 def _inline(array, side):
@@ -139,14 +139,16 @@ def contact_sheet(
     title:str='Labels to look at', # Of the page
 ):
     "Write the first suspects as a page that needs no other file."
-    first = table[table.label != table.suggested].head(most)
+    other = table[table.label != table.suggested]
+    first = (table if other.empty else other).head(most)
     shown = pictures(images, [positions[i] for i in first['index']])
     figures = [_figure(row, picture) for row, picture in zip(first.to_dict('records'), shown)]
     of = {label: [f for f, l in zip(figures, first.label) if l == label] for label in sorted(first.label.unique())}
     sections = [f'<section data-label="{html.escape(str(label))}"><h2>{html.escape(str(label))}</h2><div>{"".join(some)}</div></section>'
                 for label, some in of.items()]
     options = ''.join(f'<option>{html.escape(str(label))}</option>' for label in of)
-    about = f'{len(first)} of {len(table)} labels, those that the classifier believes least and takes for another class.'
+    about = f'{len(first)} of {len(table)} labels, those that the classifier believes least' + (
+        ' and takes for another class.' if len(other) else '. It agrees with every label, so it has learned them by heart: train for fewer epochs.')
     counts = expected_errors(table).rename(columns={'expected_wrong': 'expected wrong', 'mostly': 'mostly taken for'})
     tables = {'errors': counts.to_html(index=False, border=0, float_format='{:.2f}'.format), 'flow': label_flow(table).to_html(border=0)}
     atomic_write(path, _page.format(title=html.escape(title), about=about, options=options, sections='\n'.join(sections), **tables))

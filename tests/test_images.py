@@ -21,8 +21,8 @@ from curve_reweight.reuse import Compiled, forward_pass
 from curve_reweight.steps import optimizer_step, step_and_meta_gradient
 from curve_reweight.weighting import logit_gradient
 
-few = dict(dataset='cifar10_jpeg', model='resnet32', noise_kind='flip2', imbalance_ratio=2., meta_per_class=2, probe_epochs=2, epochs=2,
-           batch_size=50, meta_batch_size=20)
+few = dict(dataset='cifar10_jpeg', model='resnet32', noise_kind='flip2', imbalance_ratio=2., meta_per_class=2, method='curvenet_gdw',
+           probe_epochs=2, epochs=2, batch_size=50, meta_batch_size=20)
 
 
 @pytest.fixture(scope='module')

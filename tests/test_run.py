@@ -13,7 +13,7 @@ from curve_reweight.experiment import run
 from curve_reweight.grid import run_grid
 from curve_reweight.setting import Setting, parameters_cell
 
-small = dict(epochs=4, probe_epochs=10)
+small = dict(method='curvenet_gdw', epochs=4, probe_epochs=10)
 
 
 def facts(row):
@@ -36,7 +36,8 @@ def run_notebook(root, folder, **params):
 @pytest.mark.slow
 def test_same_row_from_notebook_command_and_python(root, tmp_path):
     run_notebook(root, tmp_path, **small, out_dir=str(tmp_path/'notebook'))
-    done = python('-m', 'curve_reweight', '--epochs', '4', '--probe_epochs', '10', '--out_dir', str(tmp_path/'command'))
+    words = [word for name, value in small.items() for word in (f'--{name}', str(value))]
+    done = python('-m', 'curve_reweight', *words, '--out_dir', str(tmp_path/'command'))
     assert done.returncode == 0, done.stderr
     assert 'test accuracy' in done.stdout and done.stderr == ''
     rows = [json.loads((tmp_path/name/'row.json').read_text()) for name in ('notebook', 'command')]
@@ -104,7 +105,8 @@ def test_a_rule_of_ones_own_is_one_file(root, tmp_path):
     (['--online', 'True'], 'curvenet_gdw does not read online: it takes the weights of every real step from the meta gradient'),
     (['--out_dir', '/dev/null/x'], "out_dir '/dev/null/x' cannot be written"), (['--lr', '1e30'], 'became')])
 def test_command_says_what_is_wrong_in_one_sentence(words, message):
-    done = python('-m', 'curve_reweight', '--epochs', '2', '--probe_epochs', '2', '--drop_epochs', '0', *words)
+    few = '--method', 'curvenet_gdw', '--epochs', '2', '--probe_epochs', '2', '--drop_epochs', '0'
+    done = python('-m', 'curve_reweight', *few, *words)
     assert done.returncode != 0 and 'Traceback' not in done.stderr
     assert message in done.stderr.splitlines()[-1]
 
@@ -114,7 +116,7 @@ def test_import_needs_no_notebook_packages_and_little_time():
     code = block + "import curve_reweight\nfrom curve_reweight import Setting, Weighting, run\n" \
            "import curve_reweight.plots\nprint(Setting().method)"
     done = python('-c', code, cwd=os.path.sep)
-    assert done.stdout == 'curvenet_gdw\n', done.stderr
+    assert done.stdout == 'insw\n', done.stderr
     done = python('-X', 'importtime', '-c', 'import curve_reweight')
     assert 'torch' not in done.stderr  # heavy parts wait until they are used
 

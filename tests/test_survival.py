@@ -12,7 +12,8 @@ import torch
 
 from curve_reweight.core import make_out_dir, save_checkpoint
 
-small = '--epochs 3 --probe_epochs 5 --drop_epochs 1 --batch_size 64 --wave_batch_size 32 --checkpoint_seconds 0'.split()
+small = ('--method curvenet_gdw --epochs 3 --probe_epochs 5 --drop_epochs 1 --batch_size 64 --wave_batch_size 32 '
+         '--checkpoint_seconds 0').split()
 processes = multiprocessing.get_context('forkserver')  # a server that has imported everything, so that each process starts at once
 processes.set_forkserver_preload(['curve_reweight.experiment'])
 
