@@ -17,7 +17,8 @@ setup(
     package_data={cfg['lib_name']: ['*.csv']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'features', 'onnx', 'bench', 'tune', 'grid', 'slurm', 'dask', 'tensorboard', 'docs')},
+    extras_require={name: cfg[f'{name}_requirements'].split() for name in
+                    'dev features onnx compare bench tune grid slurm dask tensorboard docs'.split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3'],
     zip_safe=False,

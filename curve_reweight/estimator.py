@@ -127,7 +127,7 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
     a method without weights); `label_quality_ [n]`, probability that the model gives to each row's label; `suggested_labels_ [n]`, the
     classes that it predicts (both with `judge_folds` by models that have not seen the row); `history_`, a row an epoch."""
     def __init__(self,
-        method='insw', # Method, see `Setting`
+        method='curvenet_gdw', # Method, see `Setting`
         model=None, # Classifier: a key of `models`, a function without arguments that makes a fresh module, or None, by the inputs
         features=None, # Frozen network that looks at images, see `features.find_feature_net`; None: none
         epochs=20, # Epochs of training, and of the probe where there is one

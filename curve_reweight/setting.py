@@ -98,7 +98,7 @@ class TrainingSetting:
 @dataclass(frozen=True)
 class MethodSetting:
     "Which method."
-    method:object = 'insw' # Method, or path/to/file.py:Name for one of your own; from Python also a class
+    method:object = 'curvenet_gdw' # Method, or path/to/file.py:Name for one of your own; from Python also a class
 
 @dataclass(frozen=True)
 class MachineSetting:
