@@ -410,7 +410,8 @@ def probabilities_by_folds(
     model_fn=None, # Own classifier, see `run`
 )->torch.Tensor: # `[N, C]`
     "Probabilities of the classes of each train sample by a classifier trained on the parts that it is not in; all classes are in all parts."
-    alone, chances = replace(setting, judge_folds=0, out_dir='', tensorboard=False), torch.empty(len(data.train.y), data.n_classes)
+    alone = replace(setting, judge_folds=0, out_dir='', onnx=False, tensorboard=False)
+    chances = torch.empty(len(data.train.y), data.n_classes)
     parts = StratifiedKFold(setting.judge_folds, shuffle=True, random_state=setting.seed % 2**32).split(data.train.y, data.train.y.cpu())
     for rest, part in progress(list(parts), 'judging labels'):
         chances[part] = _chances(run(alone, data.take(rest), model_fn), data.train.take(torch.as_tensor(part)))
