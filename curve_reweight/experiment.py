@@ -277,7 +277,12 @@ def _maker(s, made, model_fn, device):
 
 def _check_parts(s, data):
     "Refuse samples that do not fit the classes, however they came here, and more stand-ins for clean samples than there are"
-    largest = int(torch.bincount(data.train.y).max())
+    counts = torch.bincount(data.train.y, minlength=data.n_classes)
+    largest = int(counts.max())
+    if s.judge_folds > largest or s.judge_folds and counts.min() < 2:
+        raise ValueError(f'judge_folds is {s.judge_folds}, and classes have from {int(counts.min())} to {largest} samples: '
+                         'each needs 2, and the largest as many as there are parts')
+    if s.judge_folds: largest -= -(-largest//s.judge_folds) # what is left of it when a part is judged
     if not len(data.meta.y) and may_probe(s) and s.low_loss_per_class >= largest:
         raise ValueError(f'low_loss_per_class is {s.low_loss_per_class}, and the largest class has {largest} samples: '
                          'these would be taken for clean, one and all')
@@ -409,7 +414,7 @@ def probabilities_by_folds(
     data:BiasedData, # Whose train samples are judged
     model_fn=None, # Own classifier, see `run`
 )->torch.Tensor: # `[N, C]`
-    "Probabilities of the classes of each train sample by a classifier trained on the parts that it is not in; all classes are in all parts."
+    "Probabilities of the classes of each train sample by a classifier trained on the parts that it is not in."
     alone = replace(setting, judge_folds=0, out_dir='', onnx=False, tensorboard=False)
     chances = torch.empty(len(data.train.y), data.n_classes)
     parts = StratifiedKFold(setting.judge_folds, shuffle=True, random_state=setting.seed % 2**32).split(data.train.y, data.train.y.cpu())

@@ -147,8 +147,9 @@ def contact_sheet(
     sections = [f'<section data-label="{html.escape(str(label))}"><h2>{html.escape(str(label))}</h2><div>{"".join(some)}</div></section>'
                 for label, some in of.items()]
     options = ''.join(f'<option>{html.escape(str(label))}</option>' for label in of)
-    about = f'{len(first)} of {len(table)} labels, those that the classifier believes least' + (
-        ' and takes for another class.' if len(other) else '. It agrees with every label, so it has learned them by heart: train for fewer epochs.')
+    agrees = '. It agrees with every label: all are right, or it has learned them by heart, which judge_folds would tell.'
+    about = f'{len(first)} of {len(table)} labels, those that the classifier believes least'
+    about += agrees if other.empty else ' and takes for another class.'
     counts = expected_errors(table).rename(columns={'expected_wrong': 'expected wrong', 'mostly': 'mostly taken for'})
     tables = {'errors': counts.to_html(index=False, border=0, float_format='{:.2f}'.format), 'flow': label_flow(table).to_html(border=0)}
     atomic_write(path, _page.format(title=html.escape(title), about=about, options=options, sections='\n'.join(sections), **tables))

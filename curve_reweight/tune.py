@@ -63,7 +63,8 @@ def load_tuning(
     for changes in tuning['finals']:
         if 'seed' not in changes: raise ValueError(f'a final has a seed, but this one has not: {changes}')
     for point in tuning.get('last', []):
-        if {*point} != {*tuning['space']}: raise ValueError(f'a point of last has a value for {", ".join(tuning["space"])}, but this one is {point}')
+        if {*point} != {*tuning['space']}:
+            raise ValueError(f'a point of last has a value for {", ".join(tuning["space"])}, but this one is {point}')
     for method in tuning['methods']:
         for changes in {'seed': tuning['seeds'][0]}, *tuning['finals']: _setting(tuning, method, first_trial(tuning, method), changes)
     return tuning
@@ -118,8 +119,8 @@ def tune_method(
     source=None, # Own data instead of that of the setting, see `experiment.run`
     confirm:bool=False, # Of trials of other code, run only the first again, and take the rest over where it comes out the same
 )->pd.DataFrame: # A row per trial: `trial, <parameters>, val_acc, test_acc, seconds, asked, code, commit, torch`, a column per final
-    """Run a method's missing trials and finals. The table is written after each; one of other code or another search goes to `*.csv.old`. Raises
-    `ValueError` when the first of other trials does not come out the same."""
+    """Run a method's missing trials and finals. The table is written after each; one of other code or another search goes to
+    `*.csv.old`. Raises `ValueError` when the first of other trials does not come out the same."""
     torch.set_num_threads(threads)
     path, names, seeds = Path(folder)/f'{method}.csv', list(space_of(tuning, method)), [{'seed': seed} for seed in tuning['seeds']]
     def accuracies(row, changes): return _try(tuning, method, {n: row[n] for n in names}, changes, source)
@@ -250,7 +251,8 @@ def main():
     parser.add_argument('--workers', type=int, default=1, help='methods at the same time (default: 1)')
     parser.add_argument('--threads', type=int, help='CPU threads for each (default: cores over workers)')
     parser.add_argument('--methods', nargs='*', help='methods to search for now (default: all)')
-    parser.add_argument('--confirm', action='store_true', help="run the first of a method's trials of other code again, take the rest over where it agrees")
+    parser.add_argument('--confirm', action='store_true',
+                        help="run the first of a method's trials of other code again, take the rest over where it agrees")
     options = vars(parser.parse_args())
     try: table = tune(**options)
     except (ImportError, OSError, ValueError) as e: raise SystemExit(f'curve_reweight_tune: {e}') from None
