@@ -166,7 +166,8 @@ def export_onnx(
     if isinstance(classifier.reader, FeatureReader):
         base = classifier.reader.images
         shape = (3, whole.size, whole.size) if base.cut else (3, *base.shape[1:])
+    given = torch.zeros(2, *shape).long() if getattr(classifier.reader, 'whole', False) else torch.rand(2, *shape)
     rows = torch.export.Dim('n', min=1)
-    program = torch.onnx.export(whole, (torch.rand(2, *shape),), dynamo=True, input_names=['x'], output_names=['probabilities'],
+    program = torch.onnx.export(whole, (given,), dynamo=True, input_names=['x'], output_names=['probabilities'],
                                 dynamic_shapes=({0: rows},), verbose=False)
     program.save(str(path))

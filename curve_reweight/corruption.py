@@ -291,7 +291,7 @@ def instance_noise(
         W = rng(map_seed, 'projection', int(c)).standard_normal((math.prod(x.shape[1:]), n_classes), dtype=np.float32)
         members = torch.from_numpy(np.flatnonzero(labels == c))
         for index, inputs, _ in stream(Samples(x, samples.y), members.split(1000)):
-            scores = inputs.flatten(1).cpu() @ torch.from_numpy(W)
+            scores = inputs.flatten(1).float().cpu() @ torch.from_numpy(W)
             scores[:, c] = -math.inf
             rows[index] = rates[index, None]*scores.softmax(1).numpy()
     rows[np.arange(len(labels)), labels] = 1 - rates

@@ -32,7 +32,7 @@ from .core import progress, rng
 # %% ../nbs/01_data.ipynb #f3734d29
 class Samples(NamedTuple):
     "Inputs with their labels."
-    x: torch.Tensor # Inputs `[n, ...]`: float32, an `ImageTensor` or an `ImageFiles`
+    x: torch.Tensor # Inputs `[n, ...]`: float32, int64 of token ids, an `ImageTensor` or an `ImageFiles`
     y: torch.Tensor # Labels `[n]`, int64
 
     def take(self, index):
@@ -51,7 +51,8 @@ def make_samples(
     n_classes:int, # Number of classes
     name:str='data', # What to call the samples in an error
 )->Samples:
-    "Checked `Samples`: float32 inputs or images, int64 labels. Raises `ValueError` when they do not fit together or hold NaN."
+    """Checked `Samples`: images, float32, or int64 where inputs are rows of 32- or 64-bit integers, such as token ids; labels int64. Raises
+    `ValueError` when they do not fit together or hold NaN."""
     images = hasattr(x, 'batches')
     for what, given in ('inputs', x), ('labels', y):
         if isinstance(given, np.ma.MaskedArray): raise ValueError(f'{name}: {what} are a masked array: leave the masked samples out')
@@ -63,7 +64,7 @@ def make_samples(
     if images: return Samples(x, labels.to(x.device))
     if x.ndim == 4 and x.shape[1] not in (1, 2, 3, 4) and x.shape[3] in (1, 3, 4):
         raise ValueError(f'{name}: images are {tuple(x.shape)}, and channels come first here, as in x.transpose(0, 3, 1, 2)')
-    x = x.float()
+    x = x.long() if x.ndim == 2 and x.dtype in (torch.int32, torch.int64) else x.float()
     bad = ~x.flatten(1).isfinite().all(1) if x.ndim > 1 else ~x.isfinite()
     if bad.any():
         first = int(bad.int().argmax())
@@ -345,7 +346,7 @@ def stream(
     *augment, # Arguments of `rng`, e.g. `seed, 'augment', epoch`: augment images, with these draws; none: no augmentation
     skip:int=0, # Batches to pass over at the start, as if they had been drawn
 ):
-    """Yield `(index, x, y)` for each batch: x float32 and y int64 on the device of `samples`. Raises `ValueError` for an image that cannot
+    """Yield `(index, x, y)` for each batch: x float32, or int64 of token ids, and y int64 on the device of `samples`. Raises `ValueError` for an image that cannot
     be read."""
     x, y = samples
     def place(index): return torch.as_tensor(index).to(y.device, non_blocking=True)
@@ -363,12 +364,13 @@ def are_paths(
 
 @dataclass(frozen=True)
 class Reader:
-    """How inputs that come later are brought into the form of those in a data set: called with them, gives float32 `[n, …]`, an
-    `ImageTensor` or an `ImageFiles`. Raises `ValueError` with one sentence for what cannot be brought into it."""
+    """How inputs that come later are brought into the form of those in a data set: called with them, gives float32 or int64 `[n, …]`,
+    an `ImageTensor` or an `ImageFiles`. Raises `ValueError` with one sentence for what cannot be brought into it."""
     shape: tuple # Of one input: (channels, height, width) of an image, (d,) of a vector
     mean: tuple|None=None # Of each channel of images, in 0–1; None: inputs are numbers as they come
     sd: tuple|None=None # Of each channel of images, in 0–1
     cut: bool=False # Files may have any size, and are resized and cut as in the test; otherwise images have the shape
+    whole: bool=False # Inputs are whole numbers, such as token ids
 
     def __call__(self, X):
         if are_paths(X): return self._read([str(path) for path in X])
@@ -376,6 +378,7 @@ class Reader:
         if x.ndim == len(self.shape) and self.shape[:1] == (1,): x = x[:, None] # grey images without their channel
         wanted = '×'.join(map(str, self.shape))
         if tuple(x.shape[1:]) != self.shape: raise ValueError(f'inputs are {tuple(x.shape)}, wanted n×{wanted} as in the training')
+        if self.whole: return _whole_numbers(x)
         if self.mean is None: return x.float()
         if x.dtype != torch.uint8: raise ValueError(f'images are wanted as bytes, uint8, as in the training, and these are {x.dtype}')
         return ImageTensor(x, self.mean, self.sd, pad=0, flip=False)
@@ -402,7 +405,12 @@ def reader_of(
     "What brings later inputs into the form of these."
     if isinstance(x, ImageTensor): return Reader(tuple(x.shape[1:]), x.mean, x.sd)
     if isinstance(x, ImageFiles): return Reader(tuple(x.shape[1:]), x.mean, x.sd, cut=True)
-    return Reader(tuple(x.shape[1:]))
+    return Reader(tuple(x.shape[1:]), whole=not x.is_floating_point())
+
+def _whole_numbers(x):
+    "As int64, or a `ValueError`"
+    if x.is_floating_point() and not torch.equal(x, x.round()): raise ValueError('inputs are whole numbers in the training, and these are not')
+    return x.long()
 
 # %% ../nbs/01_data.ipynb #15a80cca
 @dataclass(frozen=True)

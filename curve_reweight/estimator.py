@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kind_of', 'vector_encoder', 'image_array', 'Inputs', 'ReweightedClassifier']
 
-# %% ../nbs/14a_estimator.ipynb #8aa45291
+# %% ../nbs/14a_estimator.ipynb #3f023221
 import warnings
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from .corruption import biased_from_samples
 from .data import ImageFiles, ImageTensor, Samples, make_samples, mean_std
 from .datasets import small_pixels
-from .experiment import run
+from .experiment import run, takes
 from .features import Extractor
 from .loop import probabilities
 from .setting import Setting
@@ -34,12 +34,13 @@ from .setting import Setting
 # %% ../nbs/14a_estimator.ipynb #8bfadd10
 def kind_of(
     X, # Inputs in any of the forms above
-)->str: # `vectors`, `table`, `images` or `files`
+)->str: # `vectors`, `table`, `tokens`, `images` or `files`
     "What inputs are."
     if isinstance(X, pd.DataFrame): return 'vectors' if all(map(_is_number, X.dtypes)) else 'table'
     if issparse(X): return 'vectors'
     if isinstance(X, (list, tuple, pd.Series)) and len(X) and all(isinstance(x, (str, Path)) for x in X): return 'files'
     if isinstance(X, np.ndarray) and X.ndim == 1 and len(X) and all(isinstance(x, (str, Path)) for x in X): return 'files'
+    if isinstance(X, torch.Tensor) and X.ndim == 2 and X.dtype in (torch.int32, torch.int64): return 'tokens'
     return 'images' if getattr(X, 'ndim', 2) in (3, 4) else 'vectors'
 
 def _is_number(dtype): return pd.api.types.is_numeric_dtype(dtype)
@@ -87,16 +88,17 @@ class Inputs:
             pixels = small_pixels(X)
             self.norm = None if pixels is None else mean_std(pixels)
             self.shape = None if pixels is None else pixels.shape[1:]
-        else:
+        elif self.kind == 'images':
             sd, mean = torch.std_mean(image_array(X).double(), (0, 2, 3), correction=0, keepdim=True)
             self.norm = mean, torch.where(sd == 0, 1, sd)
 
     def __call__(self, X):
-        "Inputs of a classifier `[n, …]`: float32, an `ImageTensor` or an `ImageFiles`."
+        "Inputs of a classifier `[n, …]`: float32, int64, an `ImageTensor` or an `ImageFiles`."
         if kind_of(X) != self.kind and {kind_of(X), self.kind} != {'vectors', 'table'}:
             raise ValueError(f'these inputs are {kind_of(X)}, and those of the training were {self.kind}')
         if self.kind in ('vectors', 'table'): return torch.as_tensor(self.encoder.transform(X), dtype=torch.float32)
         if self.features: return torch.as_tensor(self.encoder.transform(self._seen(X)), dtype=torch.float32)
+        if self.kind == 'tokens': return X
         if self.kind == 'images': return ((image_array(X).double() - self.norm[0])/self.norm[1]).float()
         if self.norm is None: return ImageFiles([str(x) for x in X])
         pixels = small_pixels(X)
@@ -159,6 +161,7 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
         if len(self.classes_) < 2: raise ValueError(f'there is one class only, {self.classes_[0]!r}')
         self.inputs_ = Inputs(X, self.features, self.device)
         every = make_samples(self.inputs_(X), labels, len(self.classes_), 'X')
+        if self.inputs_.kind == 'tokens': self._check_takes(every.x)
         train = every.take(np.flatnonzero(~clean))
         meta = every.take(np.flatnonzero(clean)) if clean.any() else None
         if X_clean is not None:
@@ -227,6 +230,13 @@ def _checked(self:ReweightedClassifier, X, y):
     _check_types(y)
     check_classification_targets(y)
     return X, y
+
+@patch
+def _check_takes(self:ReweightedClassifier, ids):
+    "Refuse a classifier that takes no whole numbers"
+    if not callable(self.model) or not takes(self.model(), ids[:2]):
+        raise ValueError('X is a tensor of whole numbers, such as token ids, and wants a model of your own that takes them; '
+                         'if they are measurements, give X.float()')
 
 @patch
 def _checked_inputs(self:ReweightedClassifier, X):

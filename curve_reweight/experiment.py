@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['results', 'setting_source', 'loaded_source', 'setting_data', 'setting_training', 'Run', 'fingerprint', 'train_images',
-           'cached_probe', 'needed_probe', 'run', 'write_run', 'test_predictions', 'suspects', 'write_contact_sheet',
-           'probabilities_by_folds', 'main', 'said_of']
+           'cached_probe', 'needed_probe', 'run', 'in_taken_form', 'takes', 'write_run', 'test_predictions', 'suspects',
+           'write_contact_sheet', 'probabilities_by_folds', 'main', 'said_of']
 
 # %% ../nbs/14_experiment.ipynb #ea781d2b
 import hashlib, importlib.util, json, sys, time, warnings
@@ -219,11 +219,12 @@ def _run(s, source, model_fn, curves):
     here, fresh = _on_device(data, device, s.workers), _maker(s, made, model_fn, device)
     if s.train_on_meta: here = with_meta(here)
     _check_parts(s, data)
-    _check_model(s, here.train, fresh, data.n_classes, own=model_fn is not None)
+    here = in_taken_form(here, fresh)
+    _check_model(s, here, fresh, own=model_fn is not None)
     saved = _saver(s, here, fresh, device)
     with _logger(s) as log: here, curves, result, predictions, seconds = _trained(s, data, here, fresh, curves, saved, log)
     row = {**_parameters(s, data, device, curves is not None), **_results(data, here, result, predictions), **seconds, **_machine(device)}
-    kept = Classifier(result.model, data.reader or reader_of(data.train.x), tuple(map(str, data.classes)), made, setting_training(s).precision)
+    kept = Classifier(result.model, data.reader or reader_of(here.train.x), tuple(map(str, data.classes)), made, setting_training(s).precision)
     judged = probabilities_by_folds(s, data, model_fn) if s.judge_folds else None
     done = Run(row, data, result, curves, predictions, kept, judged)
     if s.out_dir:
@@ -294,7 +295,33 @@ def _check_parts(s, data):
         if not 0 <= least <= most < data.n_classes:
             raise ValueError(f'the {name} set has labels from {least} to {most}, and there are {data.n_classes} classes')
 
-def _check_model(s, samples, fresh, C, own):
+def in_taken_form(
+    data:BiasedData, # On the device
+    make_model, # Function without arguments: a fresh classifier
+)->BiasedData:
+    "The data with rows of whole numbers as floats, unless the classifier takes whole numbers, as one of token ids does."
+    parts = {name: getattr(data, name) for name in ('train', 'meta', 'test', 'val') if getattr(data, name) is not None}
+    if all(isinstance(p.x, torch.Tensor) and not p.x.is_floating_point() for p in parts.values()) and takes(make_model(), data.train.x[:2]):
+        return data
+    def floats(x): return x.float() if isinstance(x, torch.Tensor) else x
+    return replace(data, **{name: p._replace(x=floats(p.x)) for name, p in parts.items()})
+
+def takes(
+    model:torch.nn.Module, # A classifier
+    x:torch.Tensor, # A few inputs
+)->bool: # Whether it can be called with them
+    "Whether a classifier takes inputs of this type."
+    try:
+        with torch.no_grad(): model.eval()(x)
+    except Exception: return False
+    return True
+
+def _extremes(x):
+    "Positions of two inputs: of token ids those with the lowest and the highest"
+    if not isinstance(x, torch.Tensor) or x.is_floating_point(): return torch.arange(min(2, len(x)))
+    return torch.stack([x.amin(1).argmin(), x.amax(1).argmax()])
+
+def _check_model(s, data, fresh, own):
     "Refuse a classifier that does not fit the data, by a forward pass of two samples; one of the user's own function is made twice"
     model = fresh()
     params = dict(model.named_parameters())
@@ -303,11 +330,13 @@ def _check_model(s, samples, fresh, C, own):
         if p.dtype != torch.float32: raise ValueError(f'parameter {name} of the classifier is {p.dtype}, wanted torch.float32')
     if own and {id(p) for p in params.values()} & {id(p) for p in fresh().parameters()}:
         raise ValueError('the function that makes the classifier gives the same parameters each time, wanted fresh ones')
-    few = torch.arange(2)
-    _, x, _ = next(stream(samples.take(few), [few]))
-    try:
-        with torch.no_grad(): z = model.eval()(x)
-    except Exception as e: raise ValueError(f'the classifier cannot take inputs {list(x.shape)}: {e}'.splitlines()[0]) from e
+    model.eval()
+    for part in filter(None, [data.val, data.test, data.meta if len(data.meta.y) else None, data.train]):
+        _, x, _ = next(stream(part, [_extremes(part.x)]))
+        try:
+            with torch.no_grad(): z = model(x)
+        except Exception as e: raise ValueError(f'the classifier cannot take inputs {list(x.shape)}: {e}'.splitlines()[0]) from e
+    C = data.n_classes
     if not isinstance(z, torch.Tensor): raise ValueError(f'the classifier gives a {type(z).__name__}, wanted a tensor of logits')
     if z.shape != (2, C): raise ValueError(f'the classifier gives {list(z.shape)} for 2 samples, wanted [2, {C}], a logit for each class')
     if (z >= 0).all() and torch.allclose(z.sum(1), torch.ones(2, device=z.device), atol=1e-3):
