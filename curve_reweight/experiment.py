@@ -216,15 +216,16 @@ def _clear_results(s):
 def _run(s, source, model_fn, curves):
     device, data = get_device(s.device), setting_data(s, source)
     made = _architecture(s, data, model_fn)
-    here, fresh = _on_device(data, device, s.workers), _maker(s, made, model_fn, device)
+    fresh = _maker(s, made, model_fn, device)
+    data = in_taken_form(data, fresh)
+    here = _on_device(data, device, s.workers)
     if s.train_on_meta: here = with_meta(here)
     _check_parts(s, data)
-    here = in_taken_form(here, fresh)
     _check_model(s, here, fresh, own=model_fn is not None)
     saved = _saver(s, here, fresh, device)
     with _logger(s) as log: here, curves, result, predictions, seconds = _trained(s, data, here, fresh, curves, saved, log)
     row = {**_parameters(s, data, device, curves is not None), **_results(data, here, result, predictions), **seconds, **_machine(device)}
-    kept = Classifier(result.model, data.reader or reader_of(here.train.x), tuple(map(str, data.classes)), made, setting_training(s).precision)
+    kept = Classifier(result.model, data.reader or reader_of(data.train.x), tuple(map(str, data.classes)), made, setting_training(s).precision)
     judged = probabilities_by_folds(s, data, model_fn) if s.judge_folds else None
     done = Run(row, data, result, curves, predictions, kept, judged)
     if s.out_dir:
@@ -296,7 +297,7 @@ def _check_parts(s, data):
             raise ValueError(f'the {name} set has labels from {least} to {most}, and there are {data.n_classes} classes')
 
 def in_taken_form(
-    data:BiasedData, # On the device
+    data:BiasedData, # Biased data
     make_model, # Function without arguments: a fresh classifier
 )->BiasedData:
     "The data with rows of whole numbers as floats, unless the classifier takes whole numbers, as one of token ids does."
@@ -312,7 +313,7 @@ def takes(
 )->bool: # Whether it can be called with them
     "Whether a classifier takes inputs of this type."
     try:
-        with torch.no_grad(): model.eval()(x)
+        with torch.no_grad(): model.eval()(x.to(next(model.parameters()).device))
     except Exception: return False
     return True
 
@@ -408,7 +409,8 @@ def _write_table(path, table):
 
 def _chances(done, samples):
     "Probabilities that the trained model gives `[n, C]`"
-    c = done.classifier
+    c, x = done.classifier, done.data.train.x
+    if isinstance(x, torch.Tensor): samples = samples._replace(x=samples.x.to(x.dtype)) # whole numbers or not, as it was trained
     return probabilities(c.model, samples.to(next(c.model.parameters()).device), precision=c.precision).cpu()
 
 def test_predictions(
