@@ -40,7 +40,7 @@ def focal_factor(
 # %% ../nbs/11a_baselines.ipynb #ef0862d4
 class Focal(Weighting):
     "Focal loss (ICCV 2017): weights `[n]` that rise with the loss."
-    needs_meta = False
+    needs_meta, replayable = False, True
 
     def __init__(self,
         focal_gamma:float=1., # γ
@@ -60,7 +60,7 @@ def focal(task,
 # %% ../nbs/11a_baselines.ipynb #deead35a
 class ClassBalanced(Weighting):
     "Class-balanced loss (CVPR 2019): weights `[n]` by the effective number of the label's class, times the focal factor."
-    needs_meta = False
+    needs_meta, replayable = False, True
 
     def __init__(self,
         y:torch.Tensor, # Observed labels of the train set `[N]`
@@ -85,7 +85,7 @@ def class_balanced_loss(task,
 # %% ../nbs/11a_baselines.ipynb #a180c60e
 class LDAM(Weighting):
     "LDAM-DRW (NeurIPS 2019), for a classifier with a `normalised_head`; as weights `[n]` the factor on the label's logit gradient."
-    needs_meta = False
+    needs_meta, replayable = False, True
 
     def __init__(self,
         y:torch.Tensor, # Observed labels of the train set `[N]`
@@ -158,7 +158,7 @@ def ldam_drw(task,
 # %% ../nbs/11a_baselines.ipynb #569b26f6
 class Relabelling(Weighting):
     "A rule that answers with labels `[n, C]` instead of weights, each with sum 1. Subclasses write `forward`."
-    needs_meta = False
+    needs_meta, replayable = False, True
 
     def virtual_gradient(self, batch:Batch, labels:torch.Tensor)->torch.Tensor:
         "Logit gradient of the cross-entropy with these labels."
@@ -246,7 +246,7 @@ def o2u_weights(
 
 class FixedWeights(Weighting):
     "Given weights, one a sample."
-    needs_meta = False
+    needs_meta, replayable = False, True
 
     def __init__(self,
         weights:torch.Tensor, # `[N]`

@@ -55,6 +55,9 @@ class GDW(Weighting):
         self.first, self.outer_lr, self.clip, self.zero_mean = first, outer_lr, clip, zero_mean
         self.watch = None # A list to which every step appends (index, first-stage weights, class-level weights)
 
+    @property
+    def replayable(self): return self.first.replayable and self.watch is None
+
     def forward(self, batch:Batch)->torch.Tensor: return self.first(batch)
 
     def real_weights(self, batch:Batch, weights:torch.Tensor|None=None, meta_gradient:torch.Tensor|None=None)->torch.Tensor:

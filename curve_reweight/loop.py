@@ -128,6 +128,8 @@ class Training:
     frozen_bn:bool = False # Batch normalisation by the running statistics that the model came with
     augment:bool = True # Augment images, where the data are images
     precision:Precision = Precision() # How forward passes are computed
+    cuda_graphs:bool = True # On a GPU: steps recorded once an epoch and replayed, see `replay.Replay`
+    evaluate_every:int = 1 # Epochs from one look at the test set to the next; the last five always have one
     seed:int = 0 # Draws the order of samples, and augmentation
 
     def plan(self):
@@ -241,7 +243,7 @@ def run_epochs(
             order = batches(len(samples.y), int(plan.batch_size[epoch]), rng(training.seed, f'{purpose} order', epoch))
             draws = (training.seed, f'{purpose} augment', epoch) if training.augment else ()
             for index, x, y in stream(samples, order, *draws, skip=done):
-                found = step(epoch, index.to(device), training.precision.place(x), y)
+                found = step(epoch, torch.as_tensor(index).to(device, non_blocking=True), training.precision.place(x), y)
                 for name, loss in found.items(): losses.setdefault(name, []).append(loss)
                 done += 1
                 if c.due(): c.save(_state(epoch, done, losses, history, learned))

@@ -20,7 +20,7 @@ from .weighting import Batch, Weighting, WeightNet, mean_one, method
 # %% ../nbs/11_meta_baselines.ipynb #362f91cb
 class L2RW(Weighting):
     "Learning to Reweight (ICML 2018): weights `[n]` with mean 1 from the meta gradient at weights of zero."
-    looks_ahead, virtual_step = True, staticmethod(plain_step)
+    looks_ahead, replayable, virtual_step = True, True, staticmethod(plain_step)
 
     def forward(self, batch:Batch)->torch.Tensor: return torch.zeros_like(batch.loss)
 
@@ -38,7 +38,7 @@ def l2rw(task):
 # %% ../nbs/11_meta_baselines.ipynb #a2415322
 class INSW(Weighting):
     "Instance weights (Hu et al., NeurIPS 2019): a table with one weight a sample; weights `[n]` with mean 1 in the batch."
-    virtual_step = staticmethod(plain_step)
+    replayable, virtual_step = True, staticmethod(plain_step)
 
     def __init__(self,
         n_samples:int, # Size of the train set, N

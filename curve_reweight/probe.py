@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .core import Checkpoints, compile_function
 from .data import Samples
 from .loop import Memory, Plan, Training, run_epochs
+from .replay import Replay, recorder
 
 # %% ../nbs/04_probe.ipynb #c40972c0
 waves = 'square', 'sawtooth' # Shapes of the learning rate after the first 40% of the epochs, see `probe_plan`
@@ -79,15 +80,21 @@ def probe(
     now = Memory(samples.y.device, losses=torch.zeros(N, device=samples.y.device)) # of this epoch
     curves, past = torch.full((N, T), torch.nan), Path(c.folder)/'probe_losses.f32'
 
-    def step(epoch, index, x, y):
+    def learn(x, y):
         with training.precision.autocast(y.device): losses = F.cross_entropy(forward(x).float(), y, reduction='none')
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()
-        now['losses'][index] = losses.detach()
-        return {'loss': losses.detach().mean()}
+        return (losses.detach(),)
+    learn = Replay(learn, recorder(training, samples.y.device, optimizer))
+
+    def step(epoch, index, x, y):
+        losses, = learn(x, y)
+        now['losses'][index] = losses
+        return {'loss': losses.mean()}
 
     def begin(epoch, _):
+        learn.start_epoch()
         for e in range(epoch):
             if curves[0, e].isnan(): curves[:, e] = _read_row(past, e, N) # the run was stopped and goes on
 

@@ -92,6 +92,7 @@ class TrainingSetting:
     weight_decay:float = 7e-3 # Of the optimiser
     train_on_meta:bool = True # Put the clean samples into the train set too
     frozen_bn:bool = False # Batch normalisation by the running statistics that the model comes with
+    evaluate_every:int = 1 # Epochs from one look at the test set to the next; the last five always have one
     seed:int = 0 # Seed of the run
 
 # %% ../nbs/13a_setting.ipynb #f8402312
@@ -106,6 +107,7 @@ class MachineSetting:
     precision:str = 'float32' # Forward passes in float32 or, where torch holds it safe, bf16
     channels_last:bool = False # Images with channels last in memory
     compile:bool = False # Steps through torch.compile
+    cuda_graphs:bool = True # On a GPU: steps recorded once an epoch and replayed, where the method allows it
     device:str = 'auto' # auto, cpu, cuda, cuda:1, …
     workers:int = None # Processes that read large images; None: as many as there are cores, at most 8
     features_cache:str = feature_cache # Folder where features are kept; empty: nowhere
@@ -121,7 +123,7 @@ class MachineSetting:
 # %% ../nbs/13a_setting.ipynb #ce07bb6d
 groups = {'data': DataSetting, 'bias': BiasSetting, 'probe': ProbeSetting, 'training': TrainingSetting,
           'method': MethodSetting, 'machine': MachineSetting}
-circumstances = ('device', 'out_dir', 'workers', 'features_cache', 'probe_cache', 'checkpoint_seconds',
+circumstances = ('device', 'cuda_graphs', 'out_dir', 'workers', 'features_cache', 'probe_cache', 'checkpoint_seconds',
                  'tensorboard', 'save_model', 'onnx', 'judge_folds', 'overwrite') # Parameters that do not change a row
 choices = { # Parameter → table or tuple of the names that it may have
     'dataset': sources, 'crop': (None, *train_crops), 'noise_kind': noise_kinds, 'imbalance_profile': imbalance_profiles,
@@ -248,7 +250,7 @@ def _unknown_step(setting):
 ranges = { # What a number must be → test, and the names of parameters and options that it is for
     'above 0': (lambda v: v > 0, 'lr probe_lr weight_lr gate_lr adam_lr fine_lr outer_lr label_lr virtual_lr scale'.split()),
     'from 1 to 1,000,000': (lambda v: 1 <= v <= 10**6, ('epochs probe_epochs low_loss_per_class embedding open_layers gated_layers '
-        'fine_epochs class_groups').split()),
+        'fine_epochs class_groups evaluate_every').split()),
     '0 or more': (lambda v: v >= 0, ('weight_decay weight_net_decay meta_per_class val_per_class workers checkpoint_seconds focal_gamma '
         'max_margin clip gate_penalty gradient_matching forget_epochs har_penalty har_weight_decay label_start entropy_weight '
         'drop_epochs').split()),

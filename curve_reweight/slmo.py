@@ -156,6 +156,8 @@ def _by_channel(g):
 # %% ../nbs/09_slmo.ipynb #a7aa01c5
 class FaMUS(MWNet):
     "Faster meta update strategy (CVPR 2021): Meta-Weight-Net, taught through the layers that gates choose."
+    replayable = False # its gates are looked at
+
     @delegates(WeightNet)
     def __init__(self,
         open_layers:int=4, # Gates open at a time

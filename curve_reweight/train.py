@@ -23,6 +23,7 @@ from .corruption import BiasedData
 from .data import stream
 from .loop import Memory, Training, accuracy, run_epochs
 from .meta import engines, meta_gradient
+from .replay import Replay, recorder
 from .reuse import Compiled, forward_pass
 from .slmo import skipped, skipped_modes, split_model
 from .steps import optimizer_step, step_and_meta_gradient, virtual_steps
@@ -118,6 +119,11 @@ class Learner:
         self.rule_optimizer = self.rule.make_optimizer()
         self.bottom, self.top = split_model(self.model, self.meta.skip_layers)
         self.gates = self.rule.make_gates(self.top)
+
+    def recorder(self, training, device):
+        "What records its steps, see `replay`; None: they are taken as they are written."
+        if self.rule is not None and not self.rule.replayable or self.gates is not None: return None
+        return recorder(training, device, self.optimizer, self.rule_optimizer)
 
     def learned(self)->dict: # Name → part, for checkpoints
         "All that the steps change."
@@ -237,11 +243,13 @@ def make_result(
 def held_out_accuracies(
     model:torch.nn.Module, # Classifier
     data:BiasedData, # Read for the test set and the validation set
-    precision=Training.precision, # How forward passes are computed
-)->dict: # `test_acc` and `val_acc` in %, where there are such sets
+    training:Training=Training(), # Read for the precision, and for how often to look
+    epoch:int|None=None, # Epoch that has ended, from 0; None: look in any case
+)->dict: # `test_acc` and `val_acc` in %, where there are such sets, and where it is time
     "Accuracies for a row of the history."
+    due = epoch is None or (epoch + 1) % training.evaluate_every == 0 or epoch >= training.epochs - 5
     parts = {'test_acc': data.test, 'val_acc': data.val}
-    return {name: accuracy(model, samples, precision) for name, samples in parts.items() if samples is not None}
+    return {name: accuracy(model, samples, training.precision) for name, samples in parts.items() if due and samples is not None}
 
 # %% ../nbs/10_train.ipynb #d11ad0a1
 def train(
@@ -262,7 +270,7 @@ def train(
     begin, step = _steps(learner, data, training, plan, kept)
     def end(epoch):
         if after_epoch: after_epoch(epoch, kept.get('weights'))
-        return held_out_accuracies(model, data, training.precision)
+        return held_out_accuracies(model, data, training, epoch)
     learned = {**learner.learned(), 'kept': kept}
     history = run_epochs(step, learned, data.train, plan, training, begin=begin, end=end, checkpoints=checkpoints, log=log)
     return make_result(model, history, rule, kept.get('weights'), data.train.y)
@@ -272,8 +280,11 @@ def _steps(learner, data, training, plan, kept):
     "What `train` does before an epoch and with a batch; the last weight of every sample goes into `kept`"
     rule, meta, now = learner.rule, learner.meta, SimpleNamespace()
     balance = class_balanced(data.train.y, data.n_classes)[data.train.y] if training.drw else None
+    record = learner.recorder(training, data.train.y.device)
+    plain_step, meta_step = Replay(learner.step, record), Replay(learner.meta_step, record)
 
     def begin(epoch, losses):
+        for replayed in plain_step, meta_step: replayed.start_epoch()
         if rule is not None: rule.start_epoch(epoch, plan)
         now.learning, now.taken = rule is not None and rule.learns(epoch, plan), len(losses.get('loss', ()))
         if now.learning and rule.needs_meta:
@@ -284,10 +295,10 @@ def _steps(learner, data, training, plan, kept):
         found, update = {}, now.learning and rule.needs_meta and now.taken % meta.meta_every == 0
         if update:
             _, x_meta, y_meta = next(now.meta_batches)
-            found['loss'], found['meta_loss'], new = learner.meta_step(index, x, y, training.precision.place(x_meta), y_meta, scale)
+            found['loss'], found['meta_loss'], new = meta_step(index, x, y, training.precision.place(x_meta), y_meta, scale)
         else:
             last = kept['weights'][index] if 'weights' in kept and not now.learning else None
-            found['loss'], new = learner.step(index, x, y, rule if now.learning or last is not None else None, last, scale)
+            found['loss'], new = plain_step(index, x, y, rule if now.learning or last is not None else None, last, scale)
         if new is not None: kept.setdefault('weights', new.new_ones(len(data.train.y), *new.shape[1:]))[index] = new
         now.taken += 1
         return found
@@ -326,7 +337,7 @@ class Task:
         called with the epoch before they are taken."""
         def end(epoch):
             if before_end: before_end(epoch)
-            return held_out_accuracies(learned['model'], self.data, self.training.precision)
+            return held_out_accuracies(learned['model'], self.data, self.training, epoch)
         return run_epochs(step, learned, self.data.train, plan or self.training.plan(), self.training, end=end,
                           checkpoints=self.saved(stage), log=self.log, **options)
 

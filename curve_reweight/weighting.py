@@ -68,6 +68,7 @@ class Weighting(nn.Module):
     needs_curves = False # Whether it reads the loss curves of a probe
     looks_ahead = False # Whether the real step's weights come from the meta gradient, so there is no real step without it
     virtual_step = None # A virtual step of the rule's own, see `steps.virtual_steps`
+    replayable = False # Whether all that it changes in a step are tensors, in place: a GPU can then replay its steps, see `replay.Replay`
 
     def __init__(self,
         task=None, # What the rule may look at before training, see `train.Task`; a rule that is run by its name is given it
@@ -209,6 +210,8 @@ def mean_one(
 # %% ../nbs/06_weighting.ipynb #63ce851d
 class WeightNet(Weighting):
     "A rule with a net of its own. Raises `ValueError` for an unknown optimiser."
+    replayable = True
+
     def __init__(self,
         normalise_weights:bool=False, # Divide the weights of a batch by their mean
         weight_optimizer:str='adam', # Optimiser of the weight net, see `loop.find_optimizer`
