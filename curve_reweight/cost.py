@@ -52,7 +52,7 @@ def measure_costs(
     first = settings[0]
     same = [s for s in settings if s.seed == first.seed and _bias(s) == _bias(first)]
     names = variants(pd.DataFrame([{**facts(s), 'bias': '', 'noise': s.noise_kind} for s in same]))
-    about = dict(rounds=rounds, setting=' '.join(map(str, _bias(first))), threads=threads, commit=git_commit(), torch=versions()['torch'])
+    about = dict(rounds=rounds, setting=' '.join(map(str, _bias(first)[1:])), threads=threads, commit=git_commit(), torch=versions()['torch'])
     rows = []
     for name, setting in zip(progress(list(names), 'cost'), same):
         ratios = cost_ratios(setting, rounds, loaded_source(setting) if source is None else source)
@@ -61,7 +61,7 @@ def measure_costs(
     if out: make_out_dir(Path(out).parent); atomic_write(out, table.to_csv(index=False))
     return table
 
-def _bias(s): return s.noise_kind, s.noise_rate, s.imbalance_ratio
+def _bias(s): return s.dataset, s.noise_kind, s.noise_rate, s.imbalance_ratio
 
 # %% ../nbs/18a_cost.ipynb #a67410cd
 def main():

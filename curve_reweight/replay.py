@@ -28,6 +28,7 @@ class CudaGraphs:
         device, # A GPU
     ):
         self.device, self.side, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.keeper, _ = self._graph(lambda: torch.zeros(1, device=device)) # without a recording, its memory would be given back
 
     def aside(self, call): # → what the call gives, and whether it has drawn no random numbers
         "A call on the stream of the recordings."
@@ -39,6 +40,10 @@ class CudaGraphs:
 
     def __call__(self, call): # → function that replays it, and the tensors that hold what it gives
         "Record a call. Raises `RuntimeError` for what cannot be recorded."
+        graph, outputs = self._graph(call)
+        return graph.replay, outputs
+
+    def _graph(self, call):
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self.side):
@@ -49,7 +54,7 @@ class CudaGraphs:
                 raise
             graph.capture_end()
         torch.cuda.current_stream(self.device).wait_stream(self.side)
-        return graph.replay, outputs
+        return graph, outputs
 
 # %% ../nbs/03b_replay.ipynb #64b3a94c
 class Replay:
