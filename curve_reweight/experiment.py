@@ -22,7 +22,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from .classifier import Classifier, export_onnx, factory_of, save_classifier
 from .core import Checkpoints, atomic_write, csv_text, get_device, git_commit, lock, make_out_dir, progress
-from .core import seed_everything, versions, write_json
+from .core import seed_everything, versions, waiting_lock, write_json
 from .corruption import BiasedData, biased_from_real, make_biased, with_meta
 from .curves import low_loss
 from .data import ImageFiles, Source, reader_of, stream
@@ -154,13 +154,21 @@ def cached_probe(
     read = [t.optimizer, t.momentum, t.nesterov, t.weight_decay, t.augment, t.precision, t.seed]
     device = next(iter(make_model().parameters())).device.type
     path = Path(cache)/f'probe-{fingerprint(samples, make_model(), plan, read, device, torch.__version__)}.npz'
-    if path.exists():
-        try: return LossCurves.load(path)
-        except ValueError as e: warnings.warn(f'{e}: the probe is made again')
+    kept = _kept_probe(path)
+    if kept is not None: return kept
     make_out_dir(cache)
-    curves = probe(make_model(), samples, plan, training, checkpoints)
-    curves.save(path)
+    with waiting_lock(path.with_suffix('.lock')):
+        kept = _kept_probe(path) # another run may have made it meanwhile
+        if kept is not None: return kept
+        curves = probe(make_model(), samples, plan, training, checkpoints)
+        curves.save(path)
     return curves
+
+def _kept_probe(path):
+    "The probe in a file; None when it is not there or damaged"
+    try: return LossCurves.load(path)
+    except FileNotFoundError: return None
+    except ValueError as e: warnings.warn(f'{e}: the probe is made again')
 
 # %% ../nbs/14_experiment.ipynb #535f3f20
 def needed_probe(
