@@ -337,7 +337,7 @@ def _read_code(folder=None):
 def _code_of(folder, files): return _Code(folder)
 
 # %% ../nbs/15_grid.ipynb #fba5e781
-_no_part = {'core': ('Checkpoints', 'atomic_write', 'git_commit', 'lock', 'make_out_dir', 'progress', 'versions', 'write_json'),
+_no_part = {'core': ('Checkpoints', 'atomic_write', 'git_commit', 'lock', 'make_out_dir', 'progress', 'versions', 'waiting_lock', 'write_json'),
             'experiment': ('Run',)}
 
 def _roots(setting):
@@ -348,7 +348,7 @@ def _roots(setting):
     roots = {('experiment', name) for name in ('setting_data', '_maker', '_trained', '_results')}
     roots |= {_defined_at(f) for f in entries if f.__module__.startswith('curve_reweight.')}
     if setting.train_on_meta: roots.add(('corruption', 'with_meta'))
-    aside = {('setting',), *((module, name) for module, names in _no_part.items() for name in names)}
+    aside = {('setting',), ('followed',), *((module, name) for module, names in _no_part.items() for name in names)}
     if setting.features: roots.add(('features', 'feature_nets'))
     else: aside.add(('features', 'with_features'))
     if not may_probe(setting): aside.add(('experiment', 'needed_probe'))
