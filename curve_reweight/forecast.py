@@ -98,8 +98,9 @@ def _random_images(n, shape):
 
 def _labels_only(source):
     "A source whose inputs are left out"
-    def bare(samples): return samples._replace(x=torch.zeros(len(samples.y), 1))
-    return replace(source, **{f.name: bare(getattr(source, f.name)) for f in fields(source) if isinstance(getattr(source, f.name), Samples)})
+    parts = {f.name: getattr(source, f.name) for f in fields(source)}
+    bare = {name: part._replace(x=torch.zeros(len(part.y), 1)) for name, part in parts.items() if isinstance(part, Samples)}
+    return replace(source, **bare)
 
 # %% ../nbs/14b_forecast.ipynb #99406a24
 def few_of(
@@ -192,8 +193,9 @@ class TimedTask(Task):
         self.stages.append(Stage(whole.epochs, share, only_clean or clean > 0, whole.batch_size, self.training.batch_size, float(learning)))
 
 # %% ../nbs/14b_forecast.ipynb #cabdd530
-_no_kind = {*(f.name for f in fields(BiasSetting)), *(f.name for f in fields(ProbeSetting)), 'lr', 'seed', 'momentum', 'weight_decay',
-            'pretrained', 'probe_cache', 'features_cache', 'out_dir', 'follow_samples', 'save_model'} # What a step's time does not depend on
+_no_kind = { # What the time of a step does not depend on
+    *(f.name for f in fields(BiasSetting)), *(f.name for f in fields(ProbeSetting)), 'lr', 'seed', 'momentum', 'weight_decay', 'pretrained',
+    'probe_cache', 'features_cache', 'out_dir', 'follow_samples', 'save_model'}
 
 class Forecast:
     "How long runs take: `forecast(setting)` is `(seconds of the probe, seconds of the training)`. Each kind of step is timed once."
@@ -307,5 +309,6 @@ def probe_key(
     method, s = setting.declared, setting
     if not s.probe_cache or not (method.needs_curves or not s.meta_per_class and (method.learns or method.needs_clean)): return None
     read = [f.name for group in (DataSetting, BiasSetting, ProbeSetting) for f in fields(group)]
-    others = 'model pretrained init batch_size momentum nesterov weight_decay train_on_meta precision channels_last compile seed probe_cache'
-    return repr([getattr(s, name) for name in (*read, *others.split())])
+    others = ('model pretrained init batch_size momentum nesterov weight_decay train_on_meta precision channels_last compile seed '
+              'probe_cache').split()
+    return repr([getattr(s, name) for name in (*read, *others)])
