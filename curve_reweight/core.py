@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rng', 'seed_everything', 'random_state', 'set_random_state', 'batches', 'get_device', 'compile_function',
            'make_out_dir', 'atomic_write', 'csv_text', 'write_json', 'save_checkpoint', 'load_checkpoint',
-           'Checkpoints', 'lock', 'versions', 'git_commit', 'in_notebook', 'progress']
+           'Checkpoints', 'lock', 'waiting_lock', 'versions', 'git_commit', 'in_notebook', 'progress']
 
 # %% ../nbs/00_core.ipynb #3191d98a
 import hashlib, importlib.metadata, io, json, os, platform, random, signal, subprocess, sys, tempfile, threading, time, warnings, zlib
@@ -254,6 +254,11 @@ class Checkpoints(_HeldInterrupt):
         for path in Path(self.folder).glob(f'{self.name}*.pt') if self.folder else (): _remove(path)
 
 # %% ../nbs/00_core.ipynb #152e9569
+def _open_lock(path):
+    "A lock file, made when missing; a link would have another file emptied"
+    def opener(path, flags): return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+    return open(path, 'a+', opener=opener)
+
 def _os_lock(f):
     "Lock an open file for this process; `OSError` when another one has it"
     if os.name == 'nt':
@@ -269,9 +274,7 @@ def lock(
     out_dir:str|Path, # Folder that one run at a time may use; it exists
 ):
     "Keep other processes out of `out_dir`. Raises `BlockingIOError` with the holder's process id, `OSError` when it cannot be locked."
-    path = Path(out_dir)/'.lock'
-    def opener(path, flags): return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666) # a link would have another file emptied
-    try: f = open(path, 'a+', opener=opener)
+    try: f = _open_lock(Path(out_dir)/'.lock')
     except OSError as e: raise type(e)(f'out_dir {str(out_dir)!r} cannot be locked: {e.strerror}') from None
     with f:
         try: _os_lock(f)
@@ -280,6 +283,29 @@ def lock(
         except OSError as e: raise type(e)(f'out_dir {str(out_dir)!r} cannot be locked: {e.strerror}') from None
         f.seek(0); f.truncate(); f.write(f'{os.getpid()} on {platform.node()}\n'); f.flush()
         yield
+
+# %% ../nbs/00_core.ipynb #c56b9a02
+@contextmanager
+def waiting_lock(
+    path:str|Path, # Lock file; its folder exists
+):
+    "Wait until no other process or thread holds the lock, then hold it. Raises `OSError` when the file cannot be made."
+    path, f = Path(path), None
+    while f is None:
+        f = _open_lock(path)
+        try: _os_lock(f)
+        except (BlockingIOError, PermissionError): f.close(); f = None; time.sleep(.1)
+        except OSError: break # no locks here
+        else:
+            if not _same_file(path, f): f.close(); f = None
+    with f:
+        try: yield
+        finally: _remove(path)
+
+def _same_file(path, f):
+    "Whether an open file is the one that has this name now"
+    try: return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
+    except FileNotFoundError: return False
 
 # %% ../nbs/00_core.ipynb #7f6c8d31
 def versions()->dict:

@@ -22,13 +22,14 @@ from sklearn.model_selection import StratifiedKFold
 
 from .classifier import Classifier, export_onnx, factory_of, save_classifier
 from .core import Checkpoints, atomic_write, csv_text, get_device, git_commit, lock, make_out_dir, progress
-from .core import seed_everything, versions, write_json
+from .core import seed_everything, versions, waiting_lock, write_json
 from .corruption import BiasedData, biased_from_real, make_biased, with_meta
 from .curves import low_loss
 from .data import ImageFiles, Source, reader_of, stream
 from .datasets import RealData, load_source
 from .evaluate import accuracy_per_class, accuracy_summary, noise_auc
 from .features import with_features
+from .followed import FollowedTask, FollowedWeights
 from .loop import Plan, Precision, Training, predict, probabilities
 from .models import create_model
 from .probe import LossCurves, probe, probe_plan
@@ -98,6 +99,7 @@ class Run:
     predictions: torch.Tensor|None # Predicted classes of the test set; None without one
     classifier: Classifier # What later inputs are given to
     judged: torch.Tensor|None=None # Probabilities of the classes of each train sample `[N, C]` by models that have not seen it
+    followed:FollowedWeights|None=None # Weights on their way, with `follow_samples`; None without, and for methods that train no rule
 
 # %% ../nbs/14_experiment.ipynb #c0328dff
 def fingerprint(
@@ -154,13 +156,21 @@ def cached_probe(
     read = [t.optimizer, t.momentum, t.nesterov, t.weight_decay, t.augment, t.precision, t.seed]
     device = next(iter(make_model().parameters())).device.type
     path = Path(cache)/f'probe-{fingerprint(samples, make_model(), plan, read, device, torch.__version__)}.npz'
-    if path.exists():
-        try: return LossCurves.load(path)
-        except ValueError as e: warnings.warn(f'{e}: the probe is made again')
+    kept = _kept_probe(path)
+    if kept is not None: return kept
     make_out_dir(cache)
-    curves = probe(make_model(), samples, plan, training, checkpoints)
-    curves.save(path)
+    with waiting_lock(path.with_suffix('.lock')):
+        kept = _kept_probe(path) # another run may have made it meanwhile
+        if kept is not None: return kept
+        curves = probe(make_model(), samples, plan, training, checkpoints)
+        curves.save(path)
     return curves
+
+def _kept_probe(path):
+    "The probe in a file; None when it is not there or damaged"
+    try: return LossCurves.load(path)
+    except FileNotFoundError: return None
+    except ValueError as e: warnings.warn(f'{e}: the probe is made again')
 
 # %% ../nbs/14_experiment.ipynb #535f3f20
 def needed_probe(
@@ -189,15 +199,15 @@ def run(
     curves:LossCurves|None=None, # A probe of the same data made before, to be used again
 )->Run:
     """Run a setting: bias, probe where the method needs it, train, evaluate; with an `out_dir`, write the classifier, `row.json`,
-    `history.csv`, `suspects.csv`, `predictions.csv` and `curves.npz` there, go on from a checkpoint where there is one, and keep other
-    runs out. Raises `ValueError` or `OSError` with one sentence before work starts."""
+    `history.csv`, `suspects.csv`, `predictions.csv`, `curves.npz` and `followed.npz` there, go on from a checkpoint where there is one,
+    and keep other runs out. Raises `ValueError` or `OSError` with one sentence before work starts."""
     if setting.out_dir: make_out_dir(setting.out_dir)
     with lock(setting.out_dir) if setting.out_dir else nullcontext():
         if setting.out_dir: _clear_results(setting)
         return _run(setting, source, model_fn, curves)
 
 results = ('row.json', 'history.csv', 'suspects.csv', 'suspects.parquet', 'suspects.html', 'predictions.csv', 'predictions.parquet',
-           'curves.npz', 'noise_rows.npy', 'model.safetensors', 'model.json', 'model.onnx', 'model.onnx.data') # Files that a run may leave
+           'curves.npz', 'followed.npz', 'noise_rows.npy', 'model.safetensors', 'model.json', 'model.onnx', 'model.onnx.data') # Files that a run may leave
 
 def _clear_results(s):
     "Make room for a run where another one's results are, if that was asked for. Raises `FileExistsError` if not"
@@ -223,11 +233,11 @@ def _run(s, source, model_fn, curves):
     _check_parts(s, data)
     _check_model(s, here, fresh, own=model_fn is not None)
     saved = _saver(s, here, fresh, device)
-    with _logger(s) as log: here, curves, result, predictions, seconds = _trained(s, data, here, fresh, curves, saved, log)
+    with _logger(s) as log: here, curves, result, predictions, followed, seconds = _trained(s, data, here, fresh, curves, saved, log)
     row = {**_parameters(s, data, device, curves is not None), **_results(data, here, result, predictions), **seconds, **_machine(device)}
     kept = Classifier(result.model, data.reader or reader_of(data.train.x), tuple(map(str, data.classes)), made, setting_training(s).precision)
     judged = probabilities_by_folds(s, data, model_fn) if s.judge_folds else None
-    done = Run(row, data, result, curves, predictions, kept, judged)
+    done = Run(row, data, result, curves, predictions, kept, judged, followed)
     if s.out_dir:
         if s.save_model: save_classifier(kept, s.out_dir)
         if s.onnx: _try_onnx(kept, Path(s.out_dir)/'model.onnx')
@@ -238,18 +248,20 @@ def _run(s, source, model_fn, curves):
 
 # %% ../nbs/14_experiment.ipynb #324ab9bd
 def _trained(s, data, here, fresh, curves, saved, log):
-    "The data with a clean set, the probe, the result, predictions for the test set, and seconds"
+    "The data with a clean set, the probe, the result, predictions for the test set, followed weights, and seconds"
     started = time.perf_counter()
     here, curves = needed_probe(s, here, fresh, curves, saved('probe'))
     probed = time.perf_counter()
     rate = None if data.matrix is None else s.noise_rate
-    task = Task(here, fresh, setting_training(s), setting_meta(s), curves, rate, saved, log)
+    parts = here, fresh, setting_training(s), setting_meta(s), curves, rate, saved, log
+    task = FollowedTask(*parts, samples=s.follow_samples) if s.follow_samples else Task(*parts)
     in_force = s.options_in_force()
     seed_everything(s.seed)
     result = _without_clean(task.learn(s.method, **{name: in_force[name] for name in s.declared.options}), len(data.train.y))
     trained = time.perf_counter()
     predictions = None if here.test is None else predict(result.model, here.test, precision=task.training.precision).cpu()
-    return here, curves, result, predictions, {'seconds_probe': probed - started, 'seconds_train': trained - probed}
+    followed = task.found[0].result() if s.follow_samples and task.found else None
+    return here, curves, result, predictions, followed, {'seconds_probe': probed - started, 'seconds_train': trained - probed}
 
 def _without_clean(result, N):
     def cut(weights): return None if weights is None else weights[:N]
@@ -347,6 +359,7 @@ def _check_model(s, data, fresh, own):
 def _saver(s, data, fresh, device):
     "Function of a stage's name that gives its checkpoints"
     content = {**facts(s, probed=True), **dict.fromkeys(circumstances), 'device': device.type, 'source': method_source(s)}
+    content['follow_samples'] = s.follow_samples # which a checkpoint of the rule has too, and no row
     key = fingerprint(content, data.train, data.meta, fresh()) if s.out_dir else ''
     return lambda stage: Checkpoints(s.out_dir, stage, s.checkpoint_seconds, key)
 
@@ -390,6 +403,7 @@ def write_run(
     _write_table(out/'suspects.csv', suspects(done))
     if done.data.test is not None: _write_table(out/'predictions.csv', test_predictions(done))
     if done.curves is not None: done.curves.save(out/'curves.npz')
+    if done.followed is not None: done.followed.save(out/'followed.npz')
     if done.data.noise_rows is not None:
         buffer = BytesIO(); np.save(buffer, done.data.noise_rows)
         atomic_write(out/'noise_rows.npy', buffer.getvalue())
@@ -446,7 +460,7 @@ def probabilities_by_folds(
     model_fn=None, # Own classifier, see `run`
 )->torch.Tensor: # `[N, C]`
     "Probabilities of the classes of each train sample by a classifier trained on the parts that it is not in."
-    alone = replace(setting, judge_folds=0, out_dir='', onnx=False, tensorboard=False)
+    alone = replace(setting, judge_folds=0, follow_samples=0, out_dir='', onnx=False, tensorboard=False)
     chances = torch.empty(len(data.train.y), data.n_classes)
     parts = StratifiedKFold(setting.judge_folds, shuffle=True, random_state=setting.seed % 2**32).split(data.train.y, data.train.y.cpu())
     for rest, part in progress(list(parts), 'judging labels'):

@@ -21,7 +21,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .core import atomic_write, get_device, make_out_dir, progress
+from .core import atomic_write, get_device, make_out_dir, progress, waiting_lock
 from .data import ImageFiles, ImageTensor, Reader, Samples, Source, imagenet_mean, imagenet_sd, reader_of
 from .datasets import RealData
 
@@ -273,18 +273,28 @@ class Extractor:
         return torch.cat(seen).numpy()
 
     def _kept_or_seen(self, images):
-        "Features of some images, from the folder if they are there"
+        "Features of some images, from the folder if they are there; two that look for the same at the same time look once"
         if self.folder is None: return self._seen(images)
         content = content_key(images)
-        def place(precision): return self.folder/hashlib.sha256(f'{self.about} {precision} {content}'.encode()).hexdigest()[:40]
+        found = self._kept(content)
+        if found is not None: return found
+        with waiting_lock(self._place(content, 'lock').with_suffix('.lock')):
+            found = self._kept(content)
+            if found is not None: return found
+            vectors = self._seen(images)
+            write_vectors(self._place(content, self.precision), vectors)
+        return vectors
+
+    def _place(self, content, precision):
+        return self.folder/hashlib.sha256(f'{self.about} {precision} {content}'.encode()).hexdigest()[:40]
+
+    def _kept(self, content):
+        "Features that are in the folder, in the precision that is asked for or in any; None: there are none"
         for precision in [self.precision] if self.precision else precisions:
-            found = read_vectors(place(precision))
+            found = read_vectors(self._place(content, precision))
             if found is not None:
                 self.precision = precision
                 return found
-        vectors = self._seen(images)
-        write_vectors(place(self.precision), vectors)
-        return vectors
 
 # %% ../nbs/01b_features.ipynb #2baaca5b
 def extract_features(

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['backends', 'load_grid', 'setting_key', 'expand', 'Job', 'make_jobs', 'code_version', 'job_status', 'run_job',
-           'gather', 'estimate_seconds', 'find_notebook', 'run_grid', 'parse_grid_args', 'grid_report', 'main']
+           'gather', 'estimate_seconds', 'find_notebook', 'cells_table', 'run_grid', 'parse_grid_args', 'grid_report',
+           'main']
 
 # %% ../nbs/15_grid.ipynb #5c4c5085
-import argparse, ast, hashlib, importlib.util, io, itertools, json, math, os, re, signal
-import subprocess, sys, threading, time, traceback, typing
+import argparse, ast, hashlib, importlib.util, io, itertools, json, math, os, re, shutil, signal
+import statistics, subprocess, sys, threading, time, traceback, typing
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,8 +27,9 @@ import curve_reweight
 from .core import atomic_write, lock, make_out_dir, progress, write_json
 from .data import train_crops
 from .experiment import loaded_source, run
-from .setting import (ProbeSetting, Setting, choices, circumstances, facts, known_options, make_setting,
-                                    may_probe, method_options, method_source, parameters)
+from .forecast import Forecast, probe_key
+from .setting import (BiasSetting, DataSetting, ProbeSetting, Setting, choices, circumstances, facts, known_options,
+                                    make_setting, may_probe, method_options, method_source, parameters)
 from .weighting import find_method
 
 # %% ../nbs/15_grid.ipynb #ccafe89b
@@ -337,7 +339,7 @@ def _read_code(folder=None):
 def _code_of(folder, files): return _Code(folder)
 
 # %% ../nbs/15_grid.ipynb #fba5e781
-_no_part = {'core': ('Checkpoints', 'atomic_write', 'git_commit', 'lock', 'make_out_dir', 'progress', 'versions', 'write_json'),
+_no_part = {'core': ('Checkpoints', 'atomic_write', 'git_commit', 'lock', 'make_out_dir', 'progress', 'versions', 'waiting_lock', 'write_json'),
             'experiment': ('Run',)}
 
 def _roots(setting):
@@ -348,7 +350,7 @@ def _roots(setting):
     roots = {('experiment', name) for name in ('setting_data', '_maker', '_trained', '_results')}
     roots |= {_defined_at(f) for f in entries if f.__module__.startswith('curve_reweight.')}
     if setting.train_on_meta: roots.add(('corruption', 'with_meta'))
-    aside = {('setting',), *((module, name) for module, names in _no_part.items() for name in names)}
+    aside = {('setting',), ('followed',), *((module, name) for module, names in _no_part.items() for name in names)}
     if setting.features: roots.add(('features', 'feature_nets'))
     else: aside.add(('features', 'with_features'))
     if not may_probe(setting): aside.add(('experiment', 'needed_probe'))
@@ -623,6 +625,23 @@ def estimate_seconds(
     more = (setting.probe_epochs/pd.to_numeric(fit.probe_epochs)).fillna(1)
     return float((probe*more + rest*setting.epochs/fit.epochs).median())
 
+# %% ../nbs/15_grid.ipynb #4f677c94
+def _forecast(table, jobs, forecast):
+    "Fill in the seconds that no past row told, with the column `timed`, and reasons where it cannot be timed"
+    table['timed'], shared, failed = False, set(), {}
+    for job in progress(jobs, 'timing steps'):
+        run, s, kind = job.folder.name, job.setting, (job.setting.dataset, job.setting.model, job.setting.declared.key)
+        probe, of = probe_key(s), table.loc[run]
+        if of.status in ('done', 'in table') or not pd.isna(of.seconds): shared.add(probe); continue
+        if kind not in failed:
+            try:
+                once, each = forecast(s)
+                table.loc[run, ['seconds', 'timed']] = each + once*(probe is None or probe not in shared), True
+                shared.add(probe)
+                continue
+            except Exception as e: failed[kind] = f'{type(e).__name__}: {e}'.splitlines()[0] # whatever it is, the others can be timed
+        table.loc[run, 'error'] = failed[kind]
+
 # %% ../nbs/15_grid.ipynb #8870158b
 backends = 'threading', 'loky', 'dask', 'slurm'
 
@@ -718,6 +737,53 @@ def _must_have(jobs, devices):
     named = [name for job in jobs for name in job.params if name in known]
     return list(dict.fromkeys([*named, 'out_dir', *['device']*bool(devices)]))
 
+# %% ../nbs/15_grid.ipynb #d03adc20
+_data_side = [f.name for group in (DataSetting, BiasSetting) for f in fields(group)] + ['model']
+
+def _labels(jobs):
+    "Setting and method of each job, in words"
+    about = [{**_facts(job.setting), 'seed': None} for job in jobs]
+    varied = [name for name in _data_side if len({repr(a[name]) for a in about}) > 1]
+    where = [tuple(repr(a[name]) for name in varied) for a in about]
+    apart = {}
+    for a, place in zip(about, where): apart.setdefault((a['method'], place), []).append(a)
+    told = {} # method → what differs between its runs in one setting
+    for (method, _), group in apart.items():
+        told.setdefault(method, {}).update(dict.fromkeys(n for n in group[0] if len({repr(a[n]) for a in group}) > 1))
+    for a, job in zip(about, jobs):
+        usual = {**{f.name: f.default for f in fields(Setting)}, **{n: o.default for n, o in method_options(job.setting.declared).items()}}
+        options = [_option_word(n, a[n]) for n in told[a['method']] if a[n] != usual.get(n)]
+        yield ', '.join(_option_word(n, a[n], ' ') for n in varied) or 'all', ', '.join([a['method'].rpartition(':')[2], *options])
+
+def _option_word(name, value, between='='):
+    if value is True or isinstance(value, str) and between == ' ': return name if value is True else value
+    return f'{name}{between}{value:g}' if isinstance(value, float) else f'{name}{between}{value}'
+
+# %% ../nbs/15_grid.ipynb #cecb7039
+def cells_table(
+    jobs:list, # Of a grid
+    values:dict, # Key of a job → its number, such as an accuracy in %; jobs without one are still to come
+)->pd.DataFrame: # A row per setting, a column per method: mean ± standard deviation over the runs, and how many where some are missing
+    "The cells of a grid, as far as they are there."
+    cells = {}
+    for job, place in zip(jobs, _labels(jobs)): cells.setdefault(place, []).append(values.get(job.key))
+    text = pd.Series({place: _cell_text(found) for place, found in cells.items()})
+    return text.unstack(sort=False).fillna('')
+
+def _cell_text(found):
+    "Mean ± standard deviation of the numbers that are there"
+    there = [v for v in found if v is not None]
+    if not there: return '…'
+    sd = f' ± {statistics.stdev(there):.2f}' if len(there) > 1 else ''
+    return f'{statistics.mean(there):.2f}{sd}' + f' ({len(there)} of {len(found)})'*(len(there) < len(found))
+
+def _cells_text(jobs, values):
+    "The same to print, the longer side down; empty without a number"
+    if not values: return ''
+    table = cells_table(jobs, values)
+    table = table.T if table.shape[1] > table.shape[0] else table
+    return table.to_string(line_width=max(80, shutil.get_terminal_size((140, 24)).columns))
+
 # %% ../nbs/15_grid.ipynb #31201e47
 def run_grid(
     path:str|Path|dict, # Grid file, or what it says
@@ -733,6 +799,8 @@ def run_grid(
     any_code:bool=False, # Take finished runs of other code as done
     confirm:int=0, # Of rows of other code, run only this many of each kind, and take over the rest where these come out the same
     direct:bool=False, # Run in the worker processes themselves, without a notebook for each: for many short runs
+    forecast=None, # A `Forecast`, with which a dry run times a step of what no past row tells of
+    show=None, # Called with the text of the grid's table, every ten minutes at most, and at the end
 )->pd.DataFrame: # One line a run: `block, run, status, seconds, error`; seconds are guessed, status is skipped where it was done before
     """Run what is missing of a grid and gather its rows. Raises `ValueError`, `OSError` or `ImportError` with one sentence before anything
     runs."""
@@ -743,10 +811,20 @@ def run_grid(
     notebook = None if direct else find_notebook(notebook, _must_have(jobs, devices))
     codes = {job.folder.name: None if any_code else code_version(job.setting) for job in jobs}
     table, old = _plan(jobs, codes, committed, folder), _read_table(committed)
+    if dry_run and forecast: _forecast(table, jobs, forecast)
     if dry_run: return table.reset_index(drop=True)
+    told = []
+    def cells():
+        text = _cells_text(jobs, _values(jobs, codes, committed))
+        if text in ('', *told): return
+        told[:] = [text]
+        atomic_write(folder/'table.txt', text + '\n')
+        if show: show(text)
+    shown = _now_and_then(cells, 600)
     def collect():
         gather(folder)
         if committed: _gather_table(committed, jobs, codes)
+        shown()
     if threads is None and backend != 'slurm': threads = max(1, joblib.cpu_count()//workers)
     do = partial(run_job, notebook=notebook, cwd=Path.cwd(), threads=threads, devices=devices or (), workers=workers)
     with lock(make_out_dir(folder)):
@@ -761,6 +839,7 @@ def run_grid(
         try: _run_all(left, do, retry, table, _now_and_then(collect), **how)
         finally: collect()
         for (was, now), kind in kinds.items(): _confirm(committed, kind, old, was, now, table)
+        cells()
     return table.reset_index(drop=True)
 
 # %% ../nbs/15_grid.ipynb #c42bf0e5
@@ -782,6 +861,18 @@ def _plan(jobs, codes, committed, folder):
         elif there and status == 'new': status = 'other code'
         lines.append({'block': job.block, 'run': job.folder.name, 'status': status, 'seconds': guess(job.setting), 'error': ''})
     return pd.DataFrame(lines, index=[job.folder.name for job in jobs]).astype({'seconds': float})
+
+def _values(jobs, codes, committed):
+    "Test accuracy of the runs that are done or in the table, by key; without a test set, validation accuracy"
+    rows, found = _read_table(committed), {}
+    for job in jobs:
+        code = codes[job.folder.name]
+        there = _of_setting(rows.get(job.key, {}), job.setting)
+        row = _chosen(there, code) if there and (code is None or code in there) else {}
+        if job_status(job, code) == 'done': row = _read(job.folder/'row.json')
+        numbers = [v for v in (row.get('test_acc_last'), row.get('val_acc_last')) if v not in (None, '')]
+        if numbers: found[job.key] = float(numbers[0])
+    return found
 
 def _past(committed, folder):
     "Rows of earlier runs of all grids, and those of this one's table"
@@ -886,18 +977,18 @@ def _run_all(queue, do, retry, table, collect, **how):
 # %% ../nbs/15_grid.ipynb #70eca90a
 def parse_grid_args(
     args:list|None=None, # Words after the command; None: those of the process
-)->dict: # Arguments of `run_grid`
-    "What the command line asks for. A bad option ends with a sentence and exit status 2."
+)->dict: # Name → value
+    "What the command line asks for: `paths`, and the options of `run_grid`. A bad option ends with a sentence and exit status 2."
     about = 'Run the experiment over a grid of settings; repeated, run what is missing.'
     parser = argparse.ArgumentParser('curve_reweight_grid', description=about)
     add = parser.add_argument
-    add('path', help='grid in YAML')
+    add('paths', nargs='+', metavar='GRID', help='grid in YAML; several run one after the other')
     add('--runs', default='runs', help='folder of all grids (default: runs)')
     add('--workers', type=int, default=1, help='runs at the same time (default: 1)')
     add('--devices', type=lambda s: s.split(','), help='devices dealt to the workers in turn, such as cuda:0,cuda:1')
     add('--direct', action='store_true', help='run in the worker processes themselves, without a notebook for each: for many short runs')
     add('--backend', choices=backends, help='who starts the runs (default: threading, and for direct runs loky)')
-    add('--dry-run', action='store_true', help='tell what would run, what is done and how long it takes')
+    add('--dry-run', action='store_true', help='tell what would run, what is done and how long it takes, where need be from a timed step')
     add('--retry', type=int, default=1, help='how often a run is tried again when its process died (default: 1)')
     add('--notebook', help='experiment notebook (default: 20_run_setting of the repository)')
     add('--threads', type=int, help='CPU threads a run (default: cores over workers)')
@@ -935,18 +1026,51 @@ def grid_report(
     runs = f'{len(table)} run' + 's'*(len(table) != 1)
     if not dry_run:
         return '\n'.join([f'{runs}: {counts}'] + [f'{r.status}: {r.run}\n    {r.error}' for r in table.itertuples() if r.error])
-    lines = [f"{r.status:10}  {'unknown' if pd.isna(r.seconds) else _duration(r.seconds):>8}  {r.run}" for r in table.itertuples()]
-    return '\n'.join([*lines, f"{runs}: {counts}; {_time_left(table[~table.status.isin(['done', 'in table'])].seconds, workers)}"])
+    timed = table.timed if 'timed' in table else pd.Series(False, table.index)
+    def about(r, timed): return 'unknown' if pd.isna(r.seconds) else '~'*bool(timed) + _duration(r.seconds)
+    lines = [f'{r.status:10}  {about(r, t):>8}  {r.run}' for r, t in zip(table.itertuples(), timed)]
+    lines += [f'unknown: {reason}' for reason in table.error.unique() if reason]
+    left = _time_left(table[~table.status.isin(['done', 'in table'])].seconds, workers)
+    if timed.any(): left += f' (~ {timed.sum()} of them from a timed step, on this machine)'
+    return '\n'.join([*lines, f'{runs}: {counts}; {left}'])
 
 # %% ../nbs/15_grid.ipynb #80c0e582
 def main():
-    "Run the grid of the command line. Exit status 1 when a run failed, or with one sentence when nothing could run."
+    "Run the grids of the command line. Exit status 1 when a run failed, or with one sentence when nothing could run."
     options = parse_grid_args()
-    try: table = run_grid(**options)
+    paths, dry = options.pop('paths'), options['dry_run']
+    try:
+        _check_names(paths, options['runs'])
+        forecast = Forecast(device=(options['devices'] or [None])[0]) if dry else None
+        tables = {path: _run_and_tell(path, len(paths) > 1, **options, forecast=forecast) for path in paths}
     except (ImportError, OSError, ValueError) as e: raise SystemExit(f'curve_reweight_grid: {e}') from None
     except KeyboardInterrupt: raise SystemExit('curve_reweight_grid: stopped; the same command goes on from here') from None
-    print(grid_report(table, options['workers'], options['dry_run']))
-    if not options['dry_run'] and not table.status.isin(['done', 'skipped', 'in table']).all(): raise SystemExit(1)
+    whole = pd.concat(tables.values(), ignore_index=True)
+    if dry and len(paths) > 1: print('all: ' + grid_report(whole, options['workers'], True).splitlines()[-1])
+    if not dry and not whole.status.isin(['done', 'skipped', 'in table']).all(): raise SystemExit(1)
+
+def _check_names(paths, runs):
+    "Read all grids before any of them runs, and refuse two that would share a folder"
+    folders = {}
+    for path in paths:
+        folder = _jobs_of(path, runs)[0]
+        if folder in folders: raise ValueError(f'{folders[folder]} and {path} have the same name, {folder.name}')
+        folders[folder] = path
+
+def _run_and_tell(path, named, **options):
+    "Run a grid and print its report; with several, its file before"
+    if named: print(f'{path}:')
+    with _threads(options): table = run_grid(path, **options, show=None if options['dry_run'] else partial(print, flush=True))
+    print(grid_report(table, options['workers'], options['dry_run']), flush=True)
+    return table
+
+@contextmanager
+def _threads(options):
+    "As many CPU threads as a run would have, for what a dry run times"
+    before = torch.get_num_threads()
+    if options['dry_run']: torch.set_num_threads(options['threads'] or max(1, joblib.cpu_count()//options['workers']))
+    try: yield
+    finally: torch.set_num_threads(before)
 
 if __name__ == '__main__' and '__file__' in globals(): # python -m curve_reweight.grid
     from curve_reweight.grid import main as _main # the importable one, which workers find

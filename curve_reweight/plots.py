@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['clean_noisy', 'plot_class_counts', 'plot_loss_curves', 'plot_weights', 'plot_confusion', 'plot_weight_function',
            'plot_target_weights', 'plot_weight_variation', 'plot_class_weight_change', 'plot_increased',
-           'increased_by_class', 'plot_pictures']
+           'increased_by_class', 'nearest_step', 'on_rarest_class', 'plot_followed', 'plot_pictures']
 
 # %% ../nbs/13_plots.ipynb #61f1d310
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,6 +18,8 @@ import torch
 
 from .corruption import BiasedData, bias_report
 from .evaluate import confusion
+from .followed import FollowedWeights
+from .gdw import grown
 from .probe import LossCurves
 from .suspects import pictures
 
@@ -96,15 +100,16 @@ def plot_confusion(
 
 # %% ../nbs/13_plots.ipynb #2c18d62f
 def plot_weight_function(
-    mwnet, # A `MWNet`
+    weigh, # A `MWNet`, or any function of losses `[n]` that gives weights `[n]`
     max_loss:float=8., # Right end
     ax=None, # Axes to draw on
     label:str='', # In the legend
 ):
-    "The weight that Meta-Weight-Net gives to each loss (its Figure 1d–f)."
+    "The weight that each loss gets (Meta-Weight-Net, Figure 1a–b, and for a learned one Figure 1d–f)."
     ax = _axes(ax, (6, 3.4))
-    loss = torch.linspace(0, max_loss, 200, device=next(mwnet.parameters()).device)
-    with torch.no_grad(): weight = mwnet.weigh(loss)
+    net = weigh if isinstance(weigh, torch.nn.Module) else None
+    loss = torch.linspace(0, max_loss, 200, device=next(net.parameters()).device if net else None)
+    with torch.no_grad(): weight = net.weigh(loss) if net else weigh(loss)
     ax.plot(loss.cpu(), weight.cpu(), label=label)
     ax.set(xlabel='loss', ylabel='weight')
     if label: ax.legend()
@@ -191,9 +196,52 @@ def increased_by_class(
     label:int, # Whose samples are looked at
 )->torch.Tensor: # Share of each class's weight that grew `[C]`, 0–1; NaN without samples
     "Share of the weights ω_c above the first stage's, on samples of one observed class (GDW, Figure 6)."
-    index = torch.cat([i for i, *_ in watch])
-    grew = torch.cat([new > (first if first.ndim == 2 else first[:, None]) for _, first, new in watch])
-    return grew[y[index] == label].double().mean(0)
+    index = torch.cat([step.index for step in watch])
+    return torch.cat([grown(step) for step in watch])[y[index] == label].double().mean(0)
+
+# %% ../nbs/13_plots.ipynb #3eb81eed
+def nearest_step(
+    followed:FollowedWeights, # With class-level weights
+    weight:float=.45, # First-stage weight that is looked for
+): # (epoch, which of the samples); None where no wrongly labelled sample was in a step
+    "The step of a wrongly labelled followed sample whose first-stage weight is nearest to some value (GDW, Figure 4)."
+    gap = (followed.first - weight).abs().nan_to_num(torch.inf).where(followed.noisy, torch.inf)
+    if not len(gap) or not gap.isfinite().any(): return None
+    return divmod(int(gap.argmin()), gap.shape[1])
+
+def on_rarest_class(
+    followed:FollowedWeights, # With class-level weights
+    classes, # Class names `[C]`
+)->pd.DataFrame: # One row an epoch
+    "Share of the weights that grew on samples of the rarest class: of the next rarer class, and of the largest third (GDW, Figure 6)."
+    order = followed.counts.where(followed.counts > 0, followed.counts.max() + 1).argsort()
+    rarest, next_one, large = order[0], order[1], followed.counts.argsort(descending=True)[:max(1, len(order)//3)]
+    on = f'on {classes[rarest]}'
+    return pd.DataFrame({f'ω of {classes[next_one]}, {on}': followed.on_rarest[:, next_one],
+                         f'ω of the largest classes, {on}': followed.on_rarest[:, large].mean(1)}).rename_axis('epoch')
+
+def plot_followed(
+    followed:dict, # Title → `FollowedWeights`
+    classes, # Class names `[C]`
+):
+    "Weights on their way: Meta-Weight-Net's Figure 6 for all, GDW's Figures 4 to 6 for class-level weights. Returns the axes."
+    changes = {title: f.weights[:, f.noisy] if f.noisy.any() else f.weights for title, f in followed.items() if len(f.weights) > 1}
+    pictures = [partial(plot_weight_variation, changes)] if changes else []
+    for title, f in followed.items():
+        if f.by_class and not f.shares.isnan().all(): pictures += _pictures_by_class(title, f, classes)
+    _, axs = plt.subplots(len(pictures), 1, figsize=(8, 2.8*len(pictures)), dpi=60, squeeze=False, layout='constrained')
+    for ax, draw in zip(axs[:, 0], pictures): draw(ax=ax)
+    return axs[:, 0]
+
+def _pictures_by_class(title, f, classes):
+    "Functions of `ax` that draw what class-level weights have"
+    def titled(draw, more=''): return lambda ax: draw(ax=ax).set_title(title + more)
+    yield titled(partial(plot_increased, f.increased()))
+    if f.counts.max() > 1.5*f.counts[f.rarest]: yield titled(partial(plot_increased, on_rarest_class(f, classes)))
+    at = nearest_step(f)
+    if at is None: return
+    of_sample = f.first[at].item(), f.new[at], classes, f.label[at[1]].item(), f.truth[at[1]].item(), f.own[at].item()
+    yield titled(partial(plot_class_weight_change, *of_sample), f', a noisy sample in epoch {at[0]}')
 
 # %% ../nbs/13_plots.ipynb #56a027db
 def plot_pictures(

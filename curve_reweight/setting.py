@@ -118,13 +118,14 @@ class MachineSetting:
     save_model:bool = True # Keep the trained classifier in out_dir
     onnx:bool = False # Write it there as model.onnx too
     judge_folds:int = 0 # Parts of the train set, each judged for wrong labels by a model that has not seen it; 0: by the trained model
+    follow_samples:int = 0 # Train samples whose weights are followed from epoch to epoch, into followed.npz; 0: none
     overwrite:bool = False # Remove the results of another run from out_dir; without it such a folder is refused
 
 # %% ../nbs/13a_setting.ipynb #ce07bb6d
 groups = {'data': DataSetting, 'bias': BiasSetting, 'probe': ProbeSetting, 'training': TrainingSetting,
           'method': MethodSetting, 'machine': MachineSetting}
 circumstances = ('device', 'cuda_graphs', 'out_dir', 'workers', 'features_cache', 'probe_cache', 'checkpoint_seconds',
-                 'tensorboard', 'save_model', 'onnx', 'judge_folds', 'overwrite') # Parameters that do not change a row
+                 'tensorboard', 'save_model', 'onnx', 'judge_folds', 'follow_samples', 'overwrite') # Parameters that do not change a row
 choices = { # Parameter → table or tuple of the names that it may have
     'dataset': sources, 'crop': (None, *train_crops), 'noise_kind': noise_kinds, 'imbalance_profile': imbalance_profiles,
     'imbalance_order': imbalance_orders, 'wave': waves, 'model': models, 'init': inits, 'precision': ('float32', 'bf16')}
@@ -257,6 +258,7 @@ ranges = { # What a number must be → test, and the names of parameters and opt
     'a fraction from 0 to 1': (lambda v: 0 <= v <= 1, 'noise_rate drw_start label_share pace_start label_smoothing plain_start'.split()),
     'from 0 to less than 1': (lambda v: 0 <= v < 1, 'momentum beta forget_rate'.split()),
     'from 1 to 10,000': (lambda v: 1 <= v <= 10**4, ['features_size', 'image_size']),
+    'from 0 to 1,000': (lambda v: 0 <= v <= 1000, ['follow_samples']),
     '0, or from 2 to 100': (lambda v: v == 0 or 2 <= v <= 100, ['judge_folds']),
     'from 0 to 2**62': (lambda v: 0 <= v <= 2**62, 'seed split_seed map_seed draw_seed'.split()),
 }

@@ -16,6 +16,7 @@ import yaml
 import curve_reweight.experiment as experiment
 import curve_reweight.grid as grid
 from curve_reweight.experiment import run
+from curve_reweight.forecast import probe_key
 from curve_reweight.setting import Setting, facts
 
 
@@ -107,6 +108,19 @@ def test_every_grid_that_is_there_can_be_run(root):
         stated = re.search(r'^# ([\d,]+) runs?\b', head, re.M)
         assert int(stated[1].replace(',', '')) == len(runs), f'{path} says {stated[1]} runs, but has {len(runs)}'
         assert set(Counter(block for block, _ in runs)) == set(yaml.safe_load(head).get('blocks', {runs[0][0]})), f'{path}: an empty block'
+
+
+def test_list_of_full_grids_says_what_they_have(root):
+    listed = re.findall(r'^\| `(\w+)` \| .* \| ([\d,]+) \| ([\d,]+) \|$', (root/'grids'/'README.md').read_text(encoding='utf-8'), re.M)
+    counted = {}
+    for path in (root/'grids'/'full').glob('*.yaml'):
+        settings = [job.setting for job in grid.make_jobs(grid.load_grid(path), 'nowhere')]
+        probes = {probe_key(s): s.probe_epochs for s in settings} # runs share them
+        probes.pop(None, None)
+        counted[path.stem] = len(settings), sum(s.epochs for s in settings) + sum(probes.values())
+    assert {name: tuple(int(n.replace(',', '')) for n in numbers) for name, *numbers in listed} == counted
+    total = tuple(map(sum, zip(*counted.values())))
+    assert '| all | | {:,} | {:,} |'.format(*total) in (root/'grids'/'README.md').read_text(encoding='utf-8')
 
 
 @pytest.mark.slow
