@@ -17,9 +17,8 @@ from torch import nn
 
 from .core import atomic_write, rng
 from .corruption import BiasedData
-from .gdw import WatchedStep, grown, weight_groups
 from .train import Task
-from .weighting import Weighting
+from .weighting import WatchedStep, Weighting, weight_groups
 
 # %% ../nbs/12c_followed.ipynb #a374513e
 def followed_samples(
@@ -105,7 +104,7 @@ class Followed(nn.Module):
 
     def append(self, step:WatchedStep):
         "Take down a step."
-        y, grew = self.y[step.index], grown(step)
+        y, grew = self.y[step.index], step.grew
         members = weight_groups(y, self.truth[step.index], grew.shape[1]).values()
         self.now_grew += torch.stack([(grew & group).sum() for group in members]); self.now_all += torch.stack([g.sum() for g in members])
         on = y == self.counts.where(self.counts > 0, self.counts.max() + 1).argmin()

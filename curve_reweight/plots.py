@@ -19,7 +19,6 @@ import torch
 from .corruption import BiasedData, bias_report
 from .evaluate import confusion
 from .followed import FollowedWeights
-from .gdw import grown
 from .probe import LossCurves
 from .suspects import pictures
 
@@ -197,7 +196,7 @@ def increased_by_class(
 )->torch.Tensor: # Share of each class's weight that grew `[C]`, 0–1; NaN without samples
     "Share of the weights ω_c above the first stage's, on samples of one observed class (GDW, Figure 6)."
     index = torch.cat([step.index for step in watch])
-    return torch.cat([grown(step) for step in watch])[y[index] == label].double().mean(0)
+    return torch.cat([step.grew for step in watch])[y[index] == label].double().mean(0)
 
 # %% ../nbs/13_plots.ipynb #3eb81eed
 def nearest_step(
