@@ -24,7 +24,7 @@ from .core import rng
 from .corruption import BiasedData, with_meta
 from .loop import Memory, Plan, accuracy, predict, probabilities
 from .probe import LossCurves
-from .processes import alike, mean
+from .processes import alike, batch_mean
 from .train import Learner, class_balanced, make_result, take_step
 from .weighting import Batch, Weighting, apply_weights, logit_gradient, method
 
@@ -113,7 +113,7 @@ class LDAM(Weighting):
         D = self.scale*((self.scale*z).softmax(1) - onehot)
         if not self.balancing: return D
         factor = self.balance[batch.y]
-        return (factor/mean(factor))[:, None]*D
+        return (factor/batch_mean(factor))[:, None]*D
 
     def forward(self, batch:Batch)->torch.Tensor:
         label = batch.y[:, None]

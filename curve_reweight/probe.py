@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .core import Checkpoints, compile_function
 from .data import Samples
 from .loop import Memory, Plan, Training, run_epochs
-from .processes import from_first, mean, mine, rank, share, size, sum_gradients, whole
+from .processes import batch_mean, from_first, own_rows, rank, share, size, sum_gradients, whole_rows
 from .replay import Replay, recorder
 
 # %% ../nbs/04_probe.ipynb #c40972c0
@@ -79,7 +79,7 @@ def probe(
     optimizer = replace(training, lr=float(plan.lr.max())).optimizer_of(model)
     forward = compile_function(model) if training.precision.compiled else model
     now = Memory(samples.y.device, losses=torch.zeros(N, device=samples.y.device)) # of this epoch
-    curves, past = torch.full((len(mine(samples.y)), T), torch.nan), Path(c.folder)/'probe_losses.f32'
+    curves, past = torch.full((len(own_rows(samples.y)), T), torch.nan), Path(c.folder)/'probe_losses.f32'
 
     def learn(x, y):
         with training.precision.autocast(y.device): losses = F.cross_entropy(forward(x).float(), y, reduction='none')
@@ -93,16 +93,16 @@ def probe(
     def step(epoch, index, x, y):
         losses, = learn(x, y)
         now['losses'][index] = losses
-        return {'loss': mean(losses)}
+        return {'loss': batch_mean(losses)}
 
     def begin(epoch, _):
         learn.start_epoch()
         for e in range(epoch):
-            if curves[0, e].isnan(): curves[:, e] = mine(from_first(lambda: _read_row(past, e, N))) # the run was stopped and goes on
+            if curves[0, e].isnan(): curves[:, e] = own_rows(from_first(lambda: _read_row(past, e, N))) # the run was stopped and goes on
 
     def end(epoch):
-        curves[:, epoch] = mine(now['losses'].cpu())
-        row = whole(curves[:, epoch], N) if c.folder else None
+        curves[:, epoch] = own_rows(now['losses'].cpu())
+        row = whole_rows(curves[:, epoch], N) if c.folder else None
         if c.folder and rank() == 0: _write_row(past, epoch, row)
         return {}
 
@@ -131,7 +131,7 @@ def whole_curves(
     N, T = len(curves.labels), curves.losses.shape[1]
     losses = torch.empty(N, T) if rank() == 0 else None
     for t in range(T):
-        row = whole(curves.losses[:, t], N)
+        row = whole_rows(curves.losses[:, t], N)
         if rank() == 0: losses[:, t] = row
     return LossCurves(losses, curves.labels, curves.lr) if rank() == 0 else None
 
@@ -139,4 +139,4 @@ def own_curves(
     curves:LossCurves, # Of all samples
 )->LossCurves: # Of this process's samples
     "What a process keeps of whole curves."
-    return replace(curves, losses=mine(curves.losses).clone()) if size() > 1 else curves
+    return replace(curves, losses=own_rows(curves.losses).clone()) if size() > 1 else curves

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['patience', 'traffic', 'smallest_part', 'joined', 'size', 'rank', 'quiet_parts', 'total', 'totals', 'sum_gradients',
-           'count', 'mean', 'share', 'owned', 'mine', 'whole', 'gathered', 'parted', 'check_batch_size', 'from_first',
-           'alike', 'SyncedBatchNorm', 'synchronise']
+           'count', 'batch_mean', 'share', 'owned', 'own_rows', 'whole_rows', 'gathered', 'parted', 'check_batch_size',
+           'from_first', 'alike', 'SyncedBatchNorm', 'synchronise']
 
 # %% ../nbs/02a_processes.ipynb #3d857a20
 import io, os, time
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from datetime import timedelta
 
 import torch
@@ -26,8 +26,18 @@ def joined():
     gpu, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if gpu < gpus: torch.cuda.set_device(gpu)
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', timeout=timedelta(seconds=patience))
-    try: yield
+    try:
+        yield
+        _part_in_peace()
     finally: dist.destroy_process_group()
+
+def _part_in_peace():
+    "Process 0 may not have read the last message yet, and a process that ends takes its messages with it: wait for its answer"
+    first, then = (dist.send, dist.recv) if rank() else (dist.recv, dist.send)
+    others = [0] if rank() else range(1, size())
+    with suppress(RuntimeError):
+        for speak in first, then:
+            for other in others: speak(torch.zeros(1), other)
 
 def size()->int:
     "Number of processes, R."
@@ -106,7 +116,7 @@ def count(
     "How many samples all processes have together."
     return n if size() == 1 else int(_summed(torch.tensor(n)))
 
-def mean(
+def batch_mean(
     x:torch.Tensor, # Numbers of this process's samples `[n]`
 )->torch.Tensor: # A number
     "The mean over the samples of all processes."
@@ -128,13 +138,13 @@ def owned(
     "Which samples this process owns."
     return index % size() == rank()
 
-def mine(
+def own_rows(
     rows, # One row for each sample `[N, ...]`
 ): # `[N_r, ...]`
     "The rows of this process's samples."
     return rows if size() == 1 else rows[rank()::size()]
 
-def whole(
+def whole_rows(
     rows:torch.Tensor, # Those of this process's samples `[N_r, ...]`
     n:int, # Samples in all, N
 )->torch.Tensor: # `[N, ...]`
@@ -151,7 +161,7 @@ def gathered(
     "Tables with a row for each sample, whole again; a tensor that has N rows by chance is alike in all processes, and stays what it is."
     if size() == 1: return state
     def is_table(t): return isinstance(t, torch.Tensor) and t.ndim > 0 and len(t) == n
-    return {name: whole(mine(t), n) if is_table(t) else t for name, t in state.items()}
+    return {name: whole_rows(own_rows(t), n) if is_table(t) else t for name, t in state.items()}
 
 # %% ../nbs/02a_processes.ipynb #32b30787
 smallest_part = 8 # Samples of a batch for each process, in the mean

@@ -23,7 +23,7 @@ from .corruption import BiasedData
 from .data import stream
 from .loop import Memory, Training, accuracy, run_epochs
 from .meta import engines, meta_gradient
-from .processes import count, gathered, mean, mine, owned, parted, share, size, sum_gradients, total
+from .processes import batch_mean, count, gathered, own_rows, owned, parted, share, size, sum_gradients, total
 from .replay import Replay, recorder
 from .reuse import Compiled, forward_pass
 from .slmo import skipped, skipped_modes, split_model
@@ -152,7 +152,7 @@ def step(self:Learner,
         if rule is not None and weights is None: weights = rule.real_weights(batch)
         D = batch.D if rule is None else rule.real_gradient(batch, weights)
     take_step(self.optimizer, logits, D)
-    return mean(batch.loss), weights
+    return batch_mean(batch.loss), weights
 
 # %% ../nbs/10_train.ipynb #e3fc6a69
 @patch
@@ -177,7 +177,7 @@ def meta_step(self:Learner,
         loss, weights = self.step(index, x, y, self.rule, None, scale)
         return loss, meta_loss, weights
     if not self.meta.online: take_step(self.optimizer, forward.logits, self.rule.real_gradient(batch, weights), forward.n)
-    return mean(batch.loss), meta_loss, weights
+    return batch_mean(batch.loss), meta_loss, weights
 
 @patch
 def _meta_gradient(self:Learner, forward, x_meta, y_meta, weighted):
@@ -258,7 +258,7 @@ def held_out_accuracies(
 def _accuracy(model, samples, precision):
     "Accuracy in %, to which each process adds its share of the samples"
     if size() == 1: return accuracy(model, samples, precision)
-    own = samples.take(mine(torch.arange(len(samples.y))))
+    own = samples.take(own_rows(torch.arange(len(samples.y))))
     return total(share(torch.tensor(accuracy(model, own, precision), dtype=torch.float64), len(own.y))).item()
 
 # %% ../nbs/10_train.ipynb #d11ad0a1

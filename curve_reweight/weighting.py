@@ -21,7 +21,7 @@ from torch import nn
 
 from .curves import RelativeCurves
 from .loop import Plan, find_optimizer, make_optimizer
-from .processes import mean, size
+from .processes import batch_mean, size
 
 # %% ../nbs/06_weighting.ipynb #7a8c74c7
 def logit_gradient(
@@ -216,7 +216,7 @@ def mean_one(
     detach:bool=False, # Hold the mean for a constant when gradients are taken
 )->torch.Tensor: # `[n]`
     "Weights divided by their mean over the batch, in all processes."
-    middle = mean(weights).clamp_min(1e-8)
+    middle = batch_mean(weights).clamp_min(1e-8)
     return weights/(middle.detach() if detach else middle)
 
 # %% ../nbs/06_weighting.ipynb #63ce851d
