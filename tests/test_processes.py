@@ -23,6 +23,7 @@ from curve_reweight.experiment import run
 from curve_reweight.loop import Training
 from curve_reweight.probe import LossCurves, own_curves, probe, probe_plan, whole_curves
 from curve_reweight.processes import joined, own_rows, traffic
+from curve_reweight.replay import recorder
 from curve_reweight.setting import Setting
 from curve_reweight.train import Meta, Task, train
 from curve_reweight.weighting import find_method
@@ -238,6 +239,11 @@ def test_what_several_processes_cannot_do_is_refused(words, message, monkeypatch
     for room in 'weighting', 'processes', 'experiment': monkeypatch.setattr(f'curve_reweight.{room}.size', lambda: 4)
     monkeypatch.setattr('curve_reweight.processes.rank', lambda: 0)
     with pytest.raises(ValueError, match=message): run(Setting(dataset='digits', model='small_cnn', **words))
+
+
+def test_steps_of_several_processes_are_not_recorded(monkeypatch):
+    monkeypatch.setattr('curve_reweight.replay.size', lambda: 2)
+    assert recorder(Training(), 'cuda') is None
 
 
 @pytest.mark.slow
