@@ -24,6 +24,7 @@ from .core import rng
 from .corruption import BiasedData, with_meta
 from .loop import Memory, Plan, accuracy, predict, probabilities
 from .probe import LossCurves
+from .processes import alike, batch_mean
 from .train import Learner, class_balanced, make_result, take_step
 from .weighting import Batch, Weighting, apply_weights, logit_gradient, method
 
@@ -50,7 +51,7 @@ class Focal(Weighting):
 
     def forward(self, batch:Batch)->torch.Tensor: return focal_factor(batch.loss, self.gamma)
 
-@method('focal', 'focal loss')
+@method('focal', 'focal loss', parallel=True)
 def focal(task,
     focal_gamma:float=1., # Focal loss: γ, how strongly what is right already is damped; 2 in the first paper
 ):
@@ -74,7 +75,7 @@ class ClassBalanced(Weighting):
 
     def forward(self, batch:Batch)->torch.Tensor: return self.factor[batch.y]*focal_factor(batch.loss, self.gamma)
 
-@method('class_balanced', 'Class-Balanced')
+@method('class_balanced', 'Class-Balanced', parallel=True)
 def class_balanced_loss(task,
     beta:float=.9999, # Effective number of samples of a class: β; 0 counts all classes alike
     focal_gamma:float=0., # Focal loss: γ; 0: cross-entropy
@@ -112,7 +113,7 @@ class LDAM(Weighting):
         D = self.scale*((self.scale*z).softmax(1) - onehot)
         if not self.balancing: return D
         factor = self.balance[batch.y]
-        return (factor/factor.mean())[:, None]*D
+        return (factor/batch_mean(factor))[:, None]*D
 
     def forward(self, batch:Batch)->torch.Tensor:
         label = batch.y[:, None]
@@ -144,7 +145,7 @@ def normalised_head(
     return model
 
 # %% ../nbs/11a_baselines.ipynb #95ccbe58
-@method('ldam_drw', 'LDAM-DRW')
+@method('ldam_drw', 'LDAM-DRW', parallel=True)
 def ldam_drw(task,
     max_margin:float=.5, # Margin of the smallest class
     scale:float=30., # Factor on the cosines, s
@@ -176,7 +177,7 @@ class ReedHard(Relabelling):
         onehot = partial(F.one_hot, num_classes=batch.p.shape[1])
         return self.label_share*onehot(batch.y) + (1 - self.label_share)*onehot(batch.p.argmax(1))
 
-@method('reed_hard', 'Reed-Hard')
+@method('reed_hard', 'Reed-Hard', parallel=True)
 def reed_hard(task,
     label_share:float=.8, # Share of the observed label in the target, β
 ):
@@ -265,7 +266,7 @@ def o2u(task,
     return FixedWeights(o2u_weights(task.curves, share_to_forget(task, forget_rate)))
 
 # %% ../nbs/11a_baselines.ipynb #cdc203d5
-@method('ceiling', 'ceiling (all labels right)')
+@method('ceiling', 'ceiling (all labels right)', parallel=True)
 def ceiling(task,
     beta:float=.9999, # Effective number of samples of a class: β; 0 counts all classes alike
 ):
@@ -319,7 +320,7 @@ def early_stopped(task):
     return make_result(best, task.run_epochs(step, learned, before_end=keep_best))
 
 # %% ../nbs/11a_baselines.ipynb #f060a27a
-@method('fine_tuning', 'fine-tuning', needs_clean=True)
+@method('fine_tuning', 'fine-tuning', needs_clean=True, parallel=True)
 def fine_tuning(task,
     fine_epochs:int=10, # Epochs on the clean samples
     fine_lr:float=None, # Highest learning rate there; None: a tenth of the training's
@@ -360,7 +361,7 @@ class LossCorrection(Relabelling):
         return torch.where((batch.index < self.n_noisy)[:, None], posterior, F.one_hot(batch.y, batch.p.shape[1]))
 
 # %% ../nbs/11a_baselines.ipynb #8cdebcba
-@method('glc', 'GLC', needs_clean=True)
+@method('glc', 'GLC', needs_clean=True, parallel=True)
 def glc(task):
     """Gold loss correction (Hendrycks et al., NeurIPS 2018), two trainings; the history is the second's, the weights are the belief in each
     label. Raises `ValueError` when a class has no clean sample."""
@@ -370,6 +371,7 @@ def glc(task):
     noisy, both = without_meta(task.data), with_meta(task.data)
     first = task.train(data=noisy, stage='train_first', log=False).model
     matrix = corruption_matrix(probabilities(first, clean, precision=task.training.precision), clean.y)
+    alike([matrix])
     result = task.train(LossCorrection(matrix, len(noisy.train.y)), data=both)
     return replace(result, weights=result.weights[:N], class_weights=result.class_weights[:N])
 

@@ -338,6 +338,7 @@ def progress(
     iterable, # What to loop over
     desc:str, # What the bar says it is doing
 ):
-    "`tqdm` over `iterable`, silent unless a terminal or a notebook shows it; `TQDM_DISABLE=1` silences it there too."
-    quiet = not (in_notebook() or sys.stderr.isatty()) or bool(os.environ.get('TQDM_DISABLE'))
+    """`tqdm` over `iterable`, silent unless a terminal or a notebook shows it; `TQDM_DISABLE=1` silences it there too. Of several processes
+    that `torchrun` has started, the first one shows it."""
+    quiet = not (in_notebook() or sys.stderr.isatty()) or bool(os.environ.get('TQDM_DISABLE')) or os.environ.get('RANK', '0') != '0'
     return tqdm(iterable, desc=desc, disable=quiet, leave=False)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .probe import LossCurves
+from .processes import own_rows, size, total, whole_rows
 
 # %% ../nbs/05_curves.ipynb #e9895a1e
 def class_means(
@@ -19,11 +20,14 @@ def class_means(
     labels:torch.Tensor, # Class of each row `[N]`
     n_classes:int, # C
     block:int=4096, # Rows at a time
+    parted:bool=False, # Rows are those of one of several processes, and the means are over all
 )->torch.Tensor: # `[C, T]`, float64; 0 for a class without rows
     "Mean of the rows of each class, without a copy of all of them."
     sums = torch.zeros(n_classes, values.shape[1], dtype=torch.float64)
     for v, l in zip(values.split(block), labels.split(block)): sums.index_add_(0, l, v.double())
-    return sums/torch.bincount(labels, minlength=n_classes).clamp_min(1)[:, None]
+    counts = torch.bincount(labels, minlength=n_classes)
+    if parted: sums, counts = total(sums), total(counts)
+    return sums/counts.clamp_min(1)[:, None]
 
 # %% ../nbs/05_curves.ipynb #e6367bd6
 def dropped_epochs(
@@ -46,20 +50,24 @@ class RelativeCurves(nn.Module):
         curve_std:bool=False, # Divide by the standard deviation of the class and epoch
     ):
         super().__init__()
-        labels, C = curves.labels, int(curves.labels.max()) + 1
+        self.own = len(curves.losses) < len(curves.labels) # of one of several processes
+        labels, C = own_rows(curves.labels) if self.own else curves.labels, int(curves.labels.max()) + 1
         losses = curves.losses[:, dropped_epochs(drop_epochs, curves.losses.shape[1]):]
-        mean = class_means(losses, labels, C)
-        sd = _class_sd(losses, labels, mean) if curve_std else torch.ones_like(mean)
+        mean = class_means(losses, labels, C, parted=self.own)
+        sd = _class_sd(losses, labels, mean, self.own) if curve_std else torch.ones_like(mean)
         for name, value in dict(losses=losses, labels=labels, mean=mean.float(), sd=sd.float()).items():
             self.register_buffer(name, value, persistent=False)
 
     @property
     def shape(self): return self.losses.shape
-    def __getitem__(self, index): return (self.losses[index] - self.mean[self.labels[index]])/self.sd[self.labels[index]]
+    def __getitem__(self, index):
+        row = index//size() if self.own else index
+        return (self.losses[row] - self.mean[self.labels[row]])/self.sd[self.labels[row]]
 
-def _class_sd(losses, labels, mean):
+def _class_sd(losses, labels, mean, parted):
     "Standard deviation of each class and epoch `[C, T]`, an epoch at a time"
-    def variance(t): return class_means((losses[:, t, None] - mean[labels, t, None].float()).square(), labels, len(mean))[:, 0]
+    def variance(t):
+        return class_means((losses[:, t, None] - mean[labels, t, None].float()).square(), labels, len(mean), parted=parted)[:, 0]
     return torch.stack([variance(t) for t in range(losses.shape[1])], 1).sqrt().clamp_min(1e-8)
 
 # %% ../nbs/05_curves.ipynb #7872888d
@@ -80,5 +88,6 @@ def low_loss(
     "The samples of each observed class whose mean loss over the probe is lowest. Raises `ValueError` for fewer than one per class."
     if per_class < 1: raise ValueError(f'low_loss_per_class is {per_class}, at least 1 is needed')
     mean = curves.losses[:, dropped_epochs(drop_epochs, curves.losses.shape[1]):].mean(1)
+    if len(mean) < len(curves.labels): mean = whole_rows(mean, len(curves.labels)) # of one of several processes
     members = [torch.nonzero(curves.labels == c)[:, 0] for c in curves.labels.unique()]
     return torch.cat([i[mean[i].argsort(stable=True)[:per_class]] for i in members])

@@ -184,18 +184,22 @@ class ImageTensor:
     def __getitem__(self, index): return replace(self, pixels=self.pixels[index])
     def to(self, device): return replace(self, pixels=self.pixels.to(device))
 
-    def batch(self, index, generator=None):
-        "Normalised images `[n, C, H, W]`, float32; with a NumPy `generator`, each in a crop of its own."
+    def batch(self, index, generator=None, part=None):
+        """Normalised images `[n, C, H, W]`, float32; with a NumPy `generator`, each in a crop of its own. The images outside `part`, bool
+        `[n]`, only use up their draws."""
+        choice = None if generator is None else torch.from_numpy(generator.integers(len(self.crops), size=len(index)))
+        if part is not None: index, choice = index[part], choice if choice is None else choice[part]
         x = self.pixels[torch.as_tensor(index).to(self.device, non_blocking=True)]
-        if generator is not None:
-            choice = torch.from_numpy(generator.integers(len(self.crops), size=len(x))).to(self.device, non_blocking=True)
+        if choice is not None:
+            choice = choice.to(self.device, non_blocking=True)
             x = x.flatten(2).gather(2, self.crops[choice][:, None].expand(-1, x.shape[1], -1)).view_as(x)
         return normalise(x, self.mean, self.sd)
 
-    def batches(self, index_batches, generator=None, skip=0):
-        "`(index, images)` for each batch of positions but the first `skip`, which only use up their draws."
+    def batches(self, index_batches, generator=None, skip=0, part=None):
+        "`(index, images)` for each batch of positions but the first `skip`, which only use up their draws; `part` as in `stream`."
         for i, index in enumerate(index_batches):
-            if i >= skip: yield index, self.batch(index, generator)
+            if i >= skip and part is not None: yield index[part(index)], self.batch(index, generator, part(index))
+            elif i >= skip: yield index, self.batch(index, generator)
             elif generator is not None: generator.integers(len(self.crops), size=len(index))
 
 # %% ../nbs/01_data.ipynb #74be5ae1
@@ -323,14 +327,15 @@ class ImageFiles:
     def __getitem__(self, index): return replace(self, paths=self.paths[torch.as_tensor(index).cpu().numpy()])
     def to(self, device): return replace(self, device=device)
 
-    def batches(self, index_batches, generator=None, skip=0):
+    def batches(self, index_batches, generator=None, skip=0, part=None):
         """`(index, images)` for each batch of positions but the first `skip`; with a NumPy `generator` images for training, each with a
-        draw of its own."""
+        draw of its own; `part` as in `stream`."""
         waiting = deque()
         def items():
             for i, index in enumerate(index_batches):
                 draws = [None]*len(index) if generator is None else generator.integers(2**63, size=len(index)).tolist()
                 if i < skip: continue
+                if part is not None: index, draws = index[part(index)], [draw for draw, own in zip(draws, part(index)) if own]
                 waiting.append(index)
                 yield list(zip(self[index].paths.tolist(), draws))
         loader = DataLoader(ReadImages(self.size, self.crop), batch_sampler=items(), collate_fn=stack_images, num_workers=self.workers,
@@ -345,13 +350,16 @@ def stream(
     index_batches, # Index tensors, a list or any iterable, which may be endless
     *augment, # Arguments of `rng`, e.g. `seed, 'augment', epoch`: augment images, with these draws; none: no augmentation
     skip:int=0, # Batches to pass over at the start, as if they had been drawn
+    part=None, # Function: positions `[n]` → which of them are wanted `[n]`, bool; the others are drawn, and left out. None: all
 ):
     """Yield `(index, x, y)` for each batch: x float32, or int64 of token ids, and y int64 on the device of `samples`. Raises `ValueError` for an image that cannot
     be read."""
     x, y = samples
     def place(index): return torch.as_tensor(index).to(y.device, non_blocking=True)
-    if hasattr(x, 'batches'): pairs = x.batches(index_batches, rng(*augment) if augment else None, skip)
-    else: pairs = ((index, x[place(index)]) for index in islice(index_batches, skip, None))
+    if hasattr(x, 'batches'): pairs = x.batches(index_batches, rng(*augment) if augment else None, skip, *([part] if part else []))
+    else:
+        wanted = ((index if part is None else index[part(index)]) for index in islice(index_batches, skip, None))
+        pairs = ((index, x[place(index)]) for index in wanted)
     for index, inputs in pairs: yield index, inputs, y[place(index)]
 
 # %% ../nbs/01_data.ipynb #cedf8bfd

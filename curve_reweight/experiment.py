@@ -8,7 +8,7 @@ __all__ = ['results', 'setting_source', 'loaded_source', 'setting_data', 'settin
            'write_contact_sheet', 'probabilities_by_folds', 'main', 'said_of']
 
 # %% ../nbs/14_experiment.ipynb #ea781d2b
-import hashlib, importlib.util, json, sys, time, warnings
+import hashlib, importlib.util, json, os, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -32,12 +32,14 @@ from .features import with_features
 from .followed import FollowedTask, FollowedWeights
 from .loop import Plan, Precision, Training, predict, probabilities
 from .models import create_model
-from .probe import LossCurves, probe, probe_plan
+from .probe import LossCurves, own_curves, probe, probe_plan, whole_curves
+from .processes import check_batch_size, from_first, joined, quiet_parts, rank, size
 from .setting import BiasSetting, DataSetting, Setting, circumstances, facts, make_setting, may_probe, method_source
 from .setting import parse_args, setting_meta
 from .slmo import split_model
 from .suspects import contact_sheet, rank_labels
 from .train import Task, TrainResult
+from .weighting import check_parallel
 
 # %% ../nbs/14_experiment.ipynb #bfb7dbb5
 def setting_source(
@@ -156,14 +158,15 @@ def cached_probe(
     read = [t.optimizer, t.momentum, t.nesterov, t.weight_decay, t.augment, t.precision, t.seed]
     device = next(iter(make_model().parameters())).device.type
     path = Path(cache)/f'probe-{fingerprint(samples, make_model(), plan, read, device, torch.__version__)}.npz'
-    kept = _kept_probe(path)
-    if kept is not None: return kept
+    found = from_first(lambda: _kept_probe(path))
+    if found: return own_curves(found)
     make_out_dir(cache)
-    with waiting_lock(path.with_suffix('.lock')):
-        kept = _kept_probe(path) # another run may have made it meanwhile
-        if kept is not None: return kept
+    with waiting_lock(path.with_suffix('.lock')) if rank() == 0 else nullcontext():
+        found = from_first(lambda: _kept_probe(path)) # another run may have made it meanwhile
+        if found: return own_curves(found)
         curves = probe(make_model(), samples, plan, training, checkpoints)
-        curves.save(path)
+        whole = whole_curves(curves)
+        if whole: whole.save(path)
     return curves
 
 def _kept_probe(path):
@@ -188,6 +191,7 @@ def needed_probe(
         plan = probe_plan(s.probe_epochs, s.probe_lr, s.batch_size, s.wave_batch_size, s.wave)
         training = replace(setting_training(s), optimizer=s.probe_optimizer)
         curves = cached_probe(make_model, data.train, plan, training, s.probe_cache, checkpoints)
+    else: curves = own_curves(curves)
     if lacking: data = replace(data, meta=data.train.take(low_loss(curves, s.low_loss_per_class)))
     return data, curves
 
@@ -201,9 +205,10 @@ def run(
     """Run a setting: bias, probe where the method needs it, train, evaluate; with an `out_dir`, write the classifier, `row.json`,
     `history.csv`, `suspects.csv`, `predictions.csv`, `curves.npz` and `followed.npz` there, go on from a checkpoint where there is one,
     and keep other runs out. Raises `ValueError` or `OSError` with one sentence before work starts."""
-    if setting.out_dir: make_out_dir(setting.out_dir)
-    with lock(setting.out_dir) if setting.out_dir else nullcontext():
-        if setting.out_dir: _clear_results(setting)
+    writes = setting.out_dir and rank() == 0
+    if writes: make_out_dir(setting.out_dir)
+    with lock(setting.out_dir) if writes else nullcontext():
+        if writes: _clear_results(setting)
         return _run(setting, source, model_fn, curves)
 
 results = ('row.json', 'history.csv', 'suspects.csv', 'suspects.parquet', 'suspects.html', 'predictions.csv', 'predictions.parquet',
@@ -224,7 +229,9 @@ def _clear_results(s):
     for name in results: (out/name).unlink(missing_ok=True)
 
 def _run(s, source, model_fn, curves):
-    device, data = get_device(s.device), setting_data(s, source)
+    device = get_device(s.device)
+    _check_processes(s, device)
+    data = setting_data(s, source)
     made = _architecture(s, data, model_fn)
     fresh = _maker(s, made, model_fn, device)
     data = in_taken_form(data, fresh)
@@ -238,7 +245,7 @@ def _run(s, source, model_fn, curves):
     kept = Classifier(result.model, data.reader or reader_of(data.train.x), tuple(map(str, data.classes)), made, setting_training(s).precision)
     judged = probabilities_by_folds(s, data, model_fn) if s.judge_folds else None
     done = Run(row, data, result, curves, predictions, kept, judged, followed)
-    if s.out_dir:
+    if s.out_dir and rank() == 0:
         if s.save_model: save_classifier(kept, s.out_dir)
         if s.onnx: _try_onnx(kept, Path(s.out_dir)/'model.onnx')
         write_run(done, s.out_dir)
@@ -261,7 +268,7 @@ def _trained(s, data, here, fresh, curves, saved, log):
     trained = time.perf_counter()
     predictions = None if here.test is None else predict(result.model, here.test, precision=task.training.precision).cpu()
     followed = task.found[0].result() if s.follow_samples and task.found else None
-    return here, curves, result, predictions, followed, {'seconds_probe': probed - started, 'seconds_train': trained - probed}
+    return here, curves and whole_curves(curves), result, predictions, followed, {'seconds_probe': probed - started, 'seconds_train': trained - probed}
 
 def _without_clean(result, N):
     def cut(weights): return None if weights is None else weights[:N]
@@ -363,11 +370,24 @@ def _saver(s, data, fresh, device):
     key = fingerprint(content, data.train, data.meta, fresh()) if s.out_dir else ''
     return lambda stage: Checkpoints(s.out_dir, stage, s.checkpoint_seconds, key)
 
+# %% ../nbs/14_experiment.ipynb #5677df86
+def _check_processes(s, device):
+    "Refuse what several processes cannot do"
+    if size() == 1: return
+    check_parallel(s.declared)
+    check_batch_size(batch_size=s.batch_size, **({'meta_batch_size': s.meta_batch_size} if s.declared.learns else {}),
+                     **({'wave_batch_size': s.wave_batch_size} if may_probe(s) else {}))
+    if s.follow_samples: raise ValueError('several processes do not follow samples: leave follow_samples at 0')
+    if s.sync_bn and s.compile: raise ValueError('compiled steps cannot wait for other processes: choose sync_bn or compile')
+    if device.type == 'cuda' and device.index != int(os.environ.get('LOCAL_RANK', 0)):
+        raise ValueError(f'each process needs a GPU of its own, and here are {torch.cuda.device_count()}: start no more processes on a machine, '
+                         'and leave device alone, or say device=cpu')
+
 # %% ../nbs/14_experiment.ipynb #d79f2bc0
 @contextmanager
 def _logger(s):
     "What to call with each row of the history, or None"
-    if not s.tensorboard: yield None; return
+    if not s.tensorboard or rank(): yield None; return
     from torch.utils.tensorboard import SummaryWriter
     with SummaryWriter(s.out_dir) as writer:
         yield lambda row: [writer.add_scalar(name, row[name], row['epoch']) for name in row if name != 'epoch']
@@ -390,7 +410,8 @@ def _results(data, here, result, predictions):
 def _machine(device):
     "The part that says where and with which code"
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-    return {'commit': git_commit(), 'versions': versions(), 'device_name': name, 'threads': torch.get_num_threads()}
+    several = {'processes': size()} if size() > 1 else {}
+    return {**several, 'commit': git_commit(), 'versions': versions(), 'device_name': name, 'threads': torch.get_num_threads()}
 
 # %% ../nbs/14_experiment.ipynb #2a67842e
 def write_run(
@@ -471,14 +492,16 @@ def probabilities_by_folds(
 def main():
     """Run the setting of the command line and print its accuracy. A bad value or an unwritable folder ends with one sentence and a non-zero
     exit status."""
-    setting = parse_args()
+    with quiet_parts(): setting = parse_args()
     try:
-        done = run(setting)
-        if setting.out_dir: write_contact_sheet(setting, done, Path(setting.out_dir)/'suspects.html')
+        with quiet_parts(), joined():
+            done, first = run(setting), rank() == 0
+            if setting.out_dir and first: write_contact_sheet(setting, done, Path(setting.out_dir)/'suspects.html')
     except (FloatingPointError, OSError, ValueError) as e: raise SystemExit(f'curve_reweight: {e}') from None
     except KeyboardInterrupt:
         print('curve_reweight: interrupted' + (', the same command goes on from here' if setting.out_dir else ''), file=sys.stderr)
         raise SystemExit(130) from None
+    if not first: return
     print(said_of(done, setting))
     if setting.out_dir: print(f'written: {setting.out_dir}/row.json')
 

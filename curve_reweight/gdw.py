@@ -11,6 +11,7 @@ from fastcore.meta import delegates
 from torch import nn
 
 from .loop import Plan
+from .processes import count, total
 from .weighting import Batch, WatchedStep, Weighting, curvenet, method, mwnet, weight_groups
 
 # %% ../nbs/08_gdw.ipynb #f6007861
@@ -36,7 +37,8 @@ def second_stage(
 )->torch.Tensor: # ω′ `[n, C]` in 1e-6 to 1e6, before the constraint
     "One clipped, normalised gradient step on class-level weights, which stay positive (GDW, Eq. 11)."
     g = class_gradient
-    step = (.1*g.numel() if outer_lr is None else outer_lr)*g/g.abs().sum().clamp_min(torch.finfo(g.dtype).tiny)
+    outer_lr = .1*(count(len(g))*g.shape[1]) if outer_lr is None else outer_lr
+    step = outer_lr*g/total(g.abs().sum()).clamp_min(torch.finfo(g.dtype).tiny)
     new = (weights if weights.ndim == 2 else weights[:, None]) - step.clamp(-clip, clip)
     return new.clamp(1e-6, 1e6)
 
@@ -74,7 +76,7 @@ class GDW(Weighting):
     def make_gates(self, model:nn.Module): return self.first.make_gates(model)
 
 # %% ../nbs/08_gdw.ipynb #f67e05ff
-@method('gdw', 'GDW', learns=True, looks_ahead=True, virtual_step='plain')
+@method('gdw', 'GDW', learns=True, looks_ahead=True, virtual_step='plain', parallel=True)
 @delegates(mwnet)
 def gdw(task,
     outer_lr:float=None, # Rate of the second stage, η; None: a tenth of batch size times classes
@@ -85,7 +87,7 @@ def gdw(task,
     "Generalized Data Weighting (Chen et al., NeurIPS 2021): weights for each class of a sample, on Meta-Weight-Net."
     return GDW(mwnet(task, **kwargs), outer_lr, clip, zero_mean)
 
-@method('curvenet_gdw', 'CurveNet+GDW', learns=True, needs_curves=True, looks_ahead=True)
+@method('curvenet_gdw', 'CurveNet+GDW', learns=True, needs_curves=True, looks_ahead=True, parallel=True)
 @delegates(curvenet)
 def curvenet_gdw(task,
     outer_lr:float=None, # Rate of the second stage, η; None: a tenth of batch size times classes

@@ -18,6 +18,7 @@ from torch import nn
 
 from .core import Checkpoints, batches, progress, random_state, rng, set_random_state
 from .data import Samples, stream
+from .processes import alike, count, from_first, gathered, owned, parted, rank, size, synchronise
 
 # %% ../nbs/03a_loop.ipynb #f81dcab1
 class Drops(NamedTuple):
@@ -126,6 +127,7 @@ class Training:
     drw:bool = False # Deferred re-weighting: factors against imbalance in the last epochs, see `train.class_balanced`
     drw_start:float = .8 # Fraction of the epochs before it
     frozen_bn:bool = False # Batch normalisation by the running statistics that the model came with
+    sync_bn:bool = False # On several processes: batch normalisation over all of them, see `processes.SyncedBatchNorm`
     augment:bool = True # Augment images, where the data are images
     precision:Precision = Precision() # How forward passes are computed
     cuda_graphs:bool = True # On a GPU: steps recorded once an epoch and replayed, see `replay.Replay`
@@ -139,7 +141,7 @@ class Training:
 
     def optimizer_of(self, model):
         "An optimiser for a classifier, which is brought into the layout. Raises `ValueError` for an unknown name."
-        params = self.precision.prepare(model).parameters()
+        params = self.precision.prepare(synchronise(model) if self.sync_bn else model).parameters()
         options = dict(momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
         return make_optimizer(self.optimizer, params, self.lr, **options)
 
@@ -232,21 +234,23 @@ def run_epochs(
     device, c = samples.y.device, checkpoints or Checkpoints()
     set_rates = _rates(plan, [learned[name] for name in follow])
     with c:
-        at = _restore(c.load(), learned, device)
+        at = _restore(from_first(c.load), learned, device)
         history, done, losses = at['history'], at['step'], at['losses']
+        if size() > 1: _start_together(learned, training.seed, purpose, at)
         bar = progress(range(at['epoch'], len(plan.lr)), purpose)
         for epoch in bar:
             set_rates(epoch)
             for part in learned.values():
                 if isinstance(part, nn.Module): training_mode(part, training.frozen_bn)
             if begin: begin(epoch, losses)
-            order = batches(len(samples.y), int(plan.batch_size[epoch]), rng(training.seed, f'{purpose} order', epoch))
+            order = parted(batches(len(samples.y), int(plan.batch_size[epoch]), rng(training.seed, f'{purpose} order', epoch)))
             draws = (training.seed, f'{purpose} augment', epoch) if training.augment else ()
-            for index, x, y in stream(samples, order, *draws, skip=done):
+            for index, x, y in stream(samples, order, *draws, skip=done, part=owned if size() > 1 else None):
                 found = step(epoch, torch.as_tensor(index).to(device, non_blocking=True), training.precision.place(x), y)
                 for name, loss in found.items(): losses.setdefault(name, []).append(loss)
                 done += 1
-                if c.due(): c.save(_state(epoch, done, losses, history, learned))
+                if _due(c): _save(c, _state(epoch, done, losses, history, learned, len(samples.y)))
+            if isinstance(learned.get('model'), nn.Module): alike(learned['model'].buffers())
             history.append({**_row(epoch, float(plan.lr[epoch]), losses, purpose), **(end(epoch) if end else {})})
             bar.set_postfix({k: f'{v:.3f}' for k, v in history[-1].items() if k not in ('epoch', 'lr')})
             if log: log(history[-1])
@@ -274,10 +278,10 @@ def _row(epoch, lr, losses, purpose):
     return row
 
 # %% ../nbs/03a_loop.ipynb #a650baaa
-def _state(epoch, done, losses, history, learned):
-    "What a checkpoint holds"
+def _state(epoch, done, losses, history, learned, n):
+    "What a checkpoint holds; tables with a row for each of the `n` samples are whole"
     return {'epoch': epoch, 'step': done, 'losses': losses, 'history': history, 'random': random_state(),
-            'learned': {name: part.state_dict() for name, part in learned.items()}}
+            'learned': {name: gathered(part.state_dict(), n) for name, part in learned.items()}}
 
 def _restore(state, learned, device):
     "Where a run goes on, with everything learned put back"
@@ -285,3 +289,18 @@ def _restore(state, learned, device):
     for name, part in state['learned'].items(): learned[name].load_state_dict(part)
     set_random_state(state['random'])
     return {**state, 'losses': {name: [l.to(device) for l in values] for name, values in state['losses'].items()}}
+
+# %% ../nbs/03a_loop.ipynb #eb5d4376
+def _start_together(learned, seed, purpose, at):
+    for part in learned.values():
+        if isinstance(part, nn.Module): alike(part.parameters())
+    torch.manual_seed(int(rng(seed, purpose, 'process', rank(), at['epoch'], at['step']).integers(2**62)))
+
+def _due(c):
+    "Whether it is time to save, for one process or more; all interrupts count"
+    if size() == 1 or not c.folder: return c.due()
+    return count(int(c.interrupted if rank() else c.due())) > 0
+
+def _save(c, state):
+    if rank() == 0: c.save(state)
+    elif c.interrupted: raise KeyboardInterrupt

@@ -9,11 +9,15 @@ __all__ = ['tangents', 'engines', 'plain_step', 'groups', 'Forward', 'jvp', 'fin
 # %% ../nbs/07_meta.ipynb #f51a62ac
 import warnings
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .processes import count, share, total, totals
 
 warnings.filterwarnings('ignore', '.*torch.jit.script.*', FutureWarning) # torch's own forward mode uses what torch deprecates
 
@@ -42,6 +46,9 @@ class Forward:
         x:torch.Tensor, # Train inputs `[n, ...]`; what made them, such as skipped layers, is in the graph of `logits` only
     ):
         self.model, self.x, self.logits = model, x.detach(), model(x)
+
+    @cached_property
+    def n(self): return count(len(self.logits)) # samples of the batch, in all processes
 
     def logits_at(self,
         params:dict, # Other parameters, by name; all others are the model's own
@@ -111,9 +118,10 @@ def _step_gradient(forward, optimizer, D, **kwargs):
     "Parameters θ and gradients G, by name, of a step along the logit gradient"
     held = groups(optimizer)
     params = {k: p for k, p in forward.model.named_parameters() if p.requires_grad and p in held}
-    grads = torch.autograd.grad(forward.logits, list(params.values()), (D/len(D)).to(forward.logits.dtype), allow_unused=True, **kwargs)
+    D = (D/forward.n).to(forward.logits.dtype)
+    grads = torch.autograd.grad(forward.logits, list(params.values()), D, allow_unused=True, **kwargs)
     G = {k: g for k, g in zip(params, grads) if g is not None}
-    return {k: params[k] for k in G}, G
+    return {k: params[k] for k in G}, dict(zip(G, totals(G.values())))
 
 # %% ../nbs/07_meta.ipynb #558868ba
 def double_backward(
@@ -132,8 +140,8 @@ def double_backward(
         part = gates.choose(list(G), [g.detach() for g in G.values()])
         G = {k: g if p else g.detach() for (k, g), p in zip(G.items(), part)}
     virtual = step(list(params.values()), list(G.values()), optimizer)
-    meta_loss = F.cross_entropy(forward.logits_at(dict(zip(params, virtual)), x_meta), y_meta)
-    return meta_loss.detach(), torch.autograd.grad(meta_loss, D, materialize_grads=True)[0]
+    meta_loss = share(F.cross_entropy(forward.logits_at(dict(zip(params, virtual)), x_meta), y_meta), len(y_meta))
+    return total(meta_loss.detach()), torch.autograd.grad(meta_loss, D, materialize_grads=True)[0]
 
 # %% ../nbs/07_meta.ipynb #d9f8333e
 engines = *tangents, 'double_backward'
@@ -157,10 +165,11 @@ def meta_gradient(
     params, G = _step_gradient(forward, optimizer, D, retain_graph=True)
     leaves = [g.requires_grad_() for g in G.values()]
     virtual = step(list(params.values()), leaves, optimizer)
-    meta_loss = F.cross_entropy(forward.meta_logits(dict(zip(params, virtual)), x_meta), y_meta)
+    meta_loss = share(F.cross_entropy(forward.meta_logits(dict(zip(params, virtual)), x_meta), y_meta), len(y_meta))
     v = torch.autograd.grad(meta_loss, leaves, materialize_grads=True)
+    meta_loss, *v = totals([meta_loss.detach(), *v])
     G = {k: g.detach() for k, g in G.items()}
-    return meta_loss.detach(), gradient_along(forward, engine, params, G, v, D, gates)
+    return meta_loss, gradient_along(forward, engine, params, G, v, D, gates)
 
 # %% ../nbs/07_meta.ipynb #ec12658e
 def gradient_along(
@@ -178,4 +187,4 @@ def gradient_along(
         part = gates.choose(list(G), list(G.values()))
         gates.learn(v, list(G.values()))
         direction = {k: u for (k, u), p in zip(direction.items(), part) if p}
-    return forward.tangent(engine, params, direction, D, G).to(D.dtype)/len(D)
+    return forward.tangent(engine, params, direction, D, G).to(D.dtype)/forward.n

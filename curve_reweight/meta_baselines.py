@@ -15,6 +15,7 @@ from torch import nn
 
 from .loop import Plan
 from .meta import plain_step
+from .processes import count, total
 from .weighting import Batch, Weighting, WeightNet, mean_one, method
 
 # %% ../nbs/11_meta_baselines.ipynb #362f91cb
@@ -27,10 +28,10 @@ class L2RW(Weighting):
     def real_weights(self, batch:Batch, weights:torch.Tensor|None=None, meta_gradient:torch.Tensor|None=None)->torch.Tensor:
         "Weights `[n]` in proportion to the gain, 0 without one."
         gain = (-(batch.D*meta_gradient).sum(1)).clamp_min(0)
-        total = gain.sum()
-        return len(gain)*gain/torch.where(total > 0, total, 1)
+        whole = total(gain.sum())
+        return count(len(gain))*gain/torch.where(whole > 0, whole, 1)
 
-@method('l2rw', 'L2RW', learns=True, looks_ahead=True, own_step=True)
+@method('l2rw', 'L2RW', learns=True, looks_ahead=True, own_step=True, parallel=True)
 def l2rw(task):
     "Learning to Reweight (Ren et al., ICML 2018): weights in proportion to the meta gradient of the moment."
     return L2RW()
@@ -48,16 +49,16 @@ class INSW(Weighting):
 
     def forward(self, batch:Batch)->torch.Tensor:
         "The table's weights for the virtual step, times n, as the loop takes means and the method a sum."
-        return len(batch.index)*self.table[batch.index]
+        return count(len(batch.index))*self.table[batch.index]
 
     def real_weights(self, batch:Batch, weights:torch.Tensor|None=None, meta_gradient:torch.Tensor|None=None)->torch.Tensor:
         "The table's weights `[n]`, divided by their mean. After an update, the table has moved."
         if meta_gradient is not None:
-            gradient = len(batch.index)*(batch.D*meta_gradient).sum(1).to(self.table.dtype)
+            gradient = count(len(batch.index))*(batch.D*meta_gradient).sum(1).to(self.table.dtype)
             self.table[batch.index] = (self.table[batch.index]/2 - gradient).clamp_min(1e-5)
         return mean_one(self.table[batch.index])
 
-@method('insw', 'INSW', learns=True, own_step=True)
+@method('insw', 'INSW', learns=True, own_step=True, parallel=True)
 def insw(task):
     "Instance weights (Hu et al., NeurIPS 2019): one number a sample in a table."
     return INSW(len(task.data.train.y))
@@ -110,7 +111,7 @@ class CMWNet(WeightNet):
     def forward(self, batch:Batch)->torch.Tensor: return self.normalised(self.weigh(batch.loss, self.group[batch.y]))
 
 # %% ../nbs/11_meta_baselines.ipynb #0e48ad7b
-@method('cmwnet', 'CMW-Net', learns=True)
+@method('cmwnet', 'CMW-Net', learns=True, parallel=True)
 @delegates(WeightNet)
 def cmwnet(task,
     class_groups:int=3, # Groups of classes by size
@@ -142,7 +143,7 @@ class SoftLabel(Weighting):
     def make_optimizer(self): return torch.optim.SGD([self.table], lr=self.label_lr)
 
 # %% ../nbs/11_meta_baselines.ipynb #0085dcd8
-@method('soft_label', 'Soft-label', learns=True)
+@method('soft_label', 'Soft-label', learns=True, parallel=True)
 @delegates(SoftLabel)
 def soft_label(task, **kwargs):
     "Learned soft labels (Vyas et al., 2020)."
@@ -181,7 +182,7 @@ class GenLabel(SoftLabel):
 def _centred(p, a): return p*(a - (p*a).sum(1, keepdim=True))
 
 # %% ../nbs/11_meta_baselines.ipynb #4c570535
-@method('gen_label', 'Gen-label', learns=True, own_step=True)
+@method('gen_label', 'Gen-label', learns=True, own_step=True, parallel=True)
 @delegates(GenLabel)
 def gen_label(task, **kwargs):
     "Meta Soft Label Generation (Algan & Ulusoy, ICPR 2020)."

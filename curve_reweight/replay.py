@@ -11,6 +11,8 @@ from contextlib import nullcontext, suppress
 
 import torch
 
+from .processes import size
+
 # %% ../nbs/03b_replay.ipynb #910f3ae4
 def recordable(
     optimizer, # An optimiser, or None
@@ -108,5 +110,5 @@ def recorder(
 )->CudaGraphs|None:
     "What records the steps of a training; None: they are taken as they are written."
     on_gpu = torch.device(device).type == 'cuda'
-    if not (on_gpu and training.cuda_graphs and not training.precision.compiled): return None
+    if not (on_gpu and training.cuda_graphs and not training.precision.compiled and size() == 1): return None
     return CudaGraphs(device) if all([recordable(o) for o in optimizers]) else None

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .core import compile_function
 from .meta import Forward, difference_step, engines
+from .processes import totals
 
 # %% ../nbs/07b_reuse.ipynb #7237a697
 class _Note(NamedTuple):
@@ -286,11 +287,12 @@ def _operation_of(error):
 def _is_coarse(logits): return logits.dtype in (torch.half, torch.bfloat16) or torch.is_autocast_enabled(logits.device.type)
 
 # %% ../nbs/07b_reuse.ipynb #ed38b281
-def _agrees(T, D, G, v):
-    "Whether the tangent T `[n, C]` and the backward pass, D' `[n, C]` → G, are of the same function"
-    forward, backward = (D*T).sum(), len(D)*sum((G[k]*u).sum() for k, u in v.items())
+def _agrees(T, D, G, v, n):
+    "Whether the tangent T `[n, C]` and the backward pass, D' `[n, C]` → G, are of the same function, over all processes"
+    forward, backward = (D*T).sum(), n*sum((G[k]*u).sum() for k, u in v.items())
+    forward, d, t = totals([forward, D.square().sum(), T.square().sum()])
     bound = .2 if _is_coarse(T) else (3 if T.is_cuda else .3)*torch.finfo(T.dtype).eps**.5 # CUDA: convolutions may be TF32
-    return not bool((forward - backward).abs() > bound*D.norm()*T.norm())
+    return not bool((forward - backward).abs() > bound*d.sqrt()*t.sqrt())
 
 # %% ../nbs/07b_reuse.ipynb #6774ff7c
 def _check_repeats(forward, params, v, T):
@@ -316,7 +318,7 @@ class _Guarded(Forward):
         if engine == 'jvp' and _has_forward_mode.get(self.model, True):
             try:
                 T = self.inner.tangent('jvp', params, direction, D, G)
-                if self.model in _has_forward_mode or _agrees(T, D, G, direction): _has_forward_mode[self.model] = True; return T
+                if self.model in _has_forward_mode or _agrees(T, D, G, direction, self.n): _has_forward_mode[self.model] = True; return T
                 reason = 'forward mode disagrees with the backward pass: an operation drops tangents'
             except NotImplementedError as error:
                 if _operation_of(error) is None: raise

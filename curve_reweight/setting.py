@@ -92,6 +92,7 @@ class TrainingSetting:
     weight_decay:float = 7e-3 # Of the optimiser
     train_on_meta:bool = True # Put the clean samples into the train set too
     frozen_bn:bool = False # Batch normalisation by the running statistics that the model comes with
+    sync_bn:bool = False # On several processes: batch normalisation over all of them, instead of each by itself
     evaluate_every:int = 1 # Epochs from one look at the test set to the next; the last five always have one
     seed:int = 0 # Seed of the run
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .meta import Forward, engines, gradient_along, groups, plain_step
+from .processes import share, totals
 
 # %% ../nbs/07a_steps.ipynb #71824202
 def _sgd(p, g, group, state):
@@ -91,16 +92,18 @@ def step_and_meta_gradient(
     old = {k: p.detach().clone() for k, p in params.items()}
     _take_step(optimizer, grad_of)
     new = {k: p.detach().requires_grad_() for k, p in params.items()} # other tensors, for which autocast has no outdated copies
-    meta_loss = F.cross_entropy(forward.meta_logits(new, x_meta), y_meta)
+    meta_loss = share(F.cross_entropy(forward.meta_logits(new, x_meta), y_meta), len(y_meta))
     g = torch.autograd.grad(meta_loss, list(new.values()), materialize_grads=True)
-    return meta_loss.detach(), gradient_along(forward, engine, old, G, [s*u for s, u in zip(slopes, g)], D, gates)
+    meta_loss, *g = totals([meta_loss.detach(), *g])
+    return meta_loss, gradient_along(forward, engine, old, G, [s*u for s, u in zip(slopes, g)], D, gates)
 
 # %% ../nbs/07a_steps.ipynb #bc10541c
 def _real_gradients(forward, optimizer, D):
     "Parameter → gradient, of all that the optimiser holds and the loss reaches"
     held = [p for p in groups(optimizer) if p.requires_grad]
-    grads = torch.autograd.grad(forward.logits, held, (D/len(D)).to(forward.logits.dtype), allow_unused=True)
-    return {p: g for p, g in zip(held, grads) if g is not None}
+    grads = torch.autograd.grad(forward.logits, held, (D/forward.n).to(forward.logits.dtype), allow_unused=True)
+    grad_of = {p: g for p, g in zip(held, grads) if g is not None}
+    return dict(zip(grad_of, totals(grad_of.values())))
 
 def _take_step(optimizer, grad_of):
     optimizer.zero_grad()

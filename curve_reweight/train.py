@@ -23,11 +23,12 @@ from .corruption import BiasedData
 from .data import stream
 from .loop import Memory, Training, accuracy, run_epochs
 from .meta import engines, meta_gradient
+from .processes import batch_mean, count, gathered, own_rows, owned, parted, share, size, sum_gradients, total
 from .replay import Replay, recorder
 from .reuse import Compiled, forward_pass
 from .slmo import skipped, skipped_modes, split_model
 from .steps import optimizer_step, step_and_meta_gradient, virtual_steps
-from .weighting import Batch, Method, Weighting, find_method, make_batch, method
+from .weighting import Batch, Method, Weighting, check_parallel, find_method, make_batch, method
 
 # %% ../nbs/10_train.ipynb #e99c77a0
 def update_rule(
@@ -45,6 +46,7 @@ def update_rule(
     if rule_optimizer is not None:
         rule_optimizer.zero_grad()
         weighted.backward(grad)
+        sum_gradients(rule_optimizer)
         rule_optimizer.step()
     with torch.no_grad(), full: return meta_loss, rule.real_weights(batch, first.detach(), grad)
 
@@ -53,10 +55,12 @@ def take_step(
     optimizer:torch.optim.Optimizer, # Takes a step
     logits:torch.Tensor, # z(θ) `[n, C]`; its graph is used up
     D:torch.Tensor, # Weighted logit gradient `[n, C]`
+    n:int|None=None, # Samples of the batch in all processes; None: they are counted
 ):
-    "The optimiser's step along a logit gradient."
+    "The optimiser's step along a logit gradient, summed over all processes."
     optimizer.zero_grad()
-    logits.backward((D/len(D)).to(logits.dtype))
+    logits.backward((D/(n or count(len(D)))).to(logits.dtype))
+    sum_gradients(optimizer)
     optimizer.step()
 
 # %% ../nbs/10_train.ipynb #0a6bad5e
@@ -148,7 +152,7 @@ def step(self:Learner,
         if rule is not None and weights is None: weights = rule.real_weights(batch)
         D = batch.D if rule is None else rule.real_gradient(batch, weights)
     take_step(self.optimizer, logits, D)
-    return batch.loss.mean(), weights
+    return batch_mean(batch.loss), weights
 
 # %% ../nbs/10_train.ipynb #e3fc6a69
 @patch
@@ -172,8 +176,8 @@ def meta_step(self:Learner,
     if apart:
         loss, weights = self.step(index, x, y, self.rule, None, scale)
         return loss, meta_loss, weights
-    if not self.meta.online: take_step(self.optimizer, forward.logits, self.rule.real_gradient(batch, weights))
-    return batch.loss.mean(), meta_loss, weights
+    if not self.meta.online: take_step(self.optimizer, forward.logits, self.rule.real_gradient(batch, weights), forward.n)
+    return batch_mean(batch.loss), meta_loss, weights
 
 @patch
 def _meta_gradient(self:Learner, forward, x_meta, y_meta, weighted):
@@ -212,7 +216,7 @@ def endless_batches(
     "Batches without end: round after round, each in a new order."
     rounds = 0
     while True:
-        yield from batches(n, batch_size, rng(seed, *purpose, rounds))
+        yield from parted(batches(n, batch_size, rng(seed, *purpose, rounds)))
         rounds += 1
 
 # %% ../nbs/10_train.ipynb #184e859e
@@ -249,7 +253,13 @@ def held_out_accuracies(
     "Accuracies for a row of the history."
     due = epoch is None or (epoch + 1) % training.evaluate_every == 0 or epoch >= training.epochs - 5
     parts = {'test_acc': data.test, 'val_acc': data.val}
-    return {name: accuracy(model, samples, training.precision) for name, samples in parts.items() if due and samples is not None}
+    return {name: _accuracy(model, samples, training.precision) for name, samples in parts.items() if due and samples is not None}
+
+def _accuracy(model, samples, precision):
+    "Accuracy in %, to which each process adds its share of the samples"
+    if size() == 1: return accuracy(model, samples, precision)
+    own = samples.take(own_rows(torch.arange(len(samples.y))))
+    return total(share(torch.tensor(accuracy(model, own, precision), dtype=torch.float64), len(own.y))).item()
 
 # %% ../nbs/10_train.ipynb #d11ad0a1
 def train(
@@ -268,12 +278,13 @@ def train(
         raise ValueError(f'{type(rule).__name__} learns from clean samples, but the meta set is empty')
     learner, plan, kept = Learner(model, rule, training, meta), training.plan(), Memory(data.train.y.device)
     begin, step = _steps(learner, data, training, plan, kept)
+    def weights(): return gathered(kept, len(data.train.y)).get('weights') # of all processes
     def end(epoch):
-        if after_epoch: after_epoch(epoch, kept.get('weights'))
+        if after_epoch: after_epoch(epoch, weights())
         return held_out_accuracies(model, data, training, epoch)
     learned = {**learner.learned(), 'kept': kept}
     history = run_epochs(step, learned, data.train, plan, training, begin=begin, end=end, checkpoints=checkpoints, log=log)
-    return make_result(model, history, rule, kept.get('weights'), data.train.y)
+    return make_result(model, history, rule, weights(), data.train.y)
 
 # %% ../nbs/10_train.ipynb #35539e49
 def _steps(learner, data, training, plan, kept):
@@ -307,7 +318,8 @@ def _steps(learner, data, training, plan, kept):
 def _meta_batches(clean, meta, training, epoch, taken):
     "Batches of clean samples for an epoch, from the one after `taken` on"
     order = endless_batches(len(clean.y), meta.meta_batch_size, training.seed, 'meta order', epoch)
-    return stream(clean, order, *((training.seed, 'meta augment', epoch) if training.augment else ()), skip=taken)
+    return stream(clean, order, *((training.seed, 'meta augment', epoch) if training.augment else ()), skip=taken,
+                  part=owned if size() > 1 else None)
 
 # %% ../nbs/10_train.ipynb #4af13454
 @dataclass(frozen=True)
@@ -348,6 +360,7 @@ class Task:
     def learn(self, name, **options):
         "Train with a method: a key of `methods`, `path/to/file.py:Name`, a class or a factory. Raises what they and `train` raise."
         method = find_method(name)
+        check_parallel(method)
         task = replace(self, meta=replace(self.meta, virtual_step=self.meta.virtual_step or method.virtual_step))
         made = method.factory(task, **options)
         return made if isinstance(made, TrainResult) else task.train(made)
@@ -369,19 +382,19 @@ def repeated_meta(
     return replace(data, train=data.meta.take(again), true_labels=data.meta.y[again], names=None, noise_rows=None)
 
 # %% ../nbs/10_train.ipynb #ee0f4108
-@method('ce', 'cross-entropy')
+@method('ce', 'cross-entropy', parallel=True)
 def ce(task):
     "Plain training."
     return None
 
-@method('oracle', 'oracle (clean samples only)')
+@method('oracle', 'oracle (clean samples only)', parallel=True)
 def oracle(task):
     "Plain training on the truly clean samples; as weights, which ones these are. Raises `ValueError` when nobody knows the true labels."
     if not task.data.truth_known:
         raise ValueError('the oracle trains on the samples whose labels are right, and nobody knows which these are')
     return replace(task.train(data=only_clean(task.data)), weights=(~task.data.noisy).float().cpu())
 
-@method('meta_only', 'clean set only', needs_clean=True)
+@method('meta_only', 'clean set only', needs_clean=True, parallel=True)
 def meta_only(task):
     "Plain training on the clean set alone."
     return task.train(data=repeated_meta(task.data))

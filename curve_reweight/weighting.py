@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['methods', 'logit_gradient', 'apply_weights', 'weight_groups', 'WatchedStep', 'Batch', 'make_batch', 'Weighting',
-           'Option', 'Method', 'method', 'find_method', 'mean_one', 'WeightNet', 'MWNet', 'mwnet', 'CurveNet',
-           'curvenet']
+           'Option', 'Method', 'method', 'find_method', 'check_parallel', 'mean_one', 'WeightNet', 'MWNet', 'mwnet',
+           'CurveNet', 'curvenet']
 
 # %% ../nbs/06_weighting.ipynb #be186563
 import importlib.util, inspect
@@ -22,6 +22,7 @@ from torch import nn
 
 from .curves import RelativeCurves
 from .loop import Plan, find_optimizer, make_optimizer
+from .processes import batch_mean, size
 
 # %% ../nbs/06_weighting.ipynb #7a8c74c7
 def logit_gradient(
@@ -91,6 +92,7 @@ class Weighting(nn.Module):
     looks_ahead = False # Whether the real step's weights come from the meta gradient, so there is no real step without it
     virtual_step = None # A virtual step of the rule's own, see `steps.virtual_steps`
     replayable = False # Whether all that it changes in a step are tensors, in place: a GPU can then replay its steps, see `replay.Replay`
+    parallel = False # Whether several processes can train it: what it sums over a batch, it sums by `processes`
 
     def __init__(self,
         task=None, # What the rule may look at before training, see `train.Task`; a rule that is run by its name is given it
@@ -147,6 +149,7 @@ class Method:
     own_step: bool = False # Brings a virtual step of its own: no other one, and no online steps
     virtual_step: str = 'optimizer' # Virtual step unless another is asked for, see `steps.virtual_steps`
     own_loop: bool = False # Trains in a way of its own, without a rule
+    parallel: bool = False # Several processes can train it, see `processes`
 
     @property
     def options(self)->dict: # Name → `Option`
@@ -200,7 +203,16 @@ def _as_method(factory):
     key, title = f'{factory.__module__}:{factory.__qualname__}', getattr(factory, 'title', factory.__name__)
     if not hasattr(factory, 'needs_meta'): return Method(key, title, factory)
     own_step = factory.virtual_step is not None
-    return Method(key, title, factory, factory.needs_meta, False, factory.needs_curves, factory.looks_ahead, own_step)
+    return Method(key, title, factory, factory.needs_meta, False, factory.needs_curves, factory.looks_ahead, own_step,
+                  parallel=factory.parallel)
+
+# %% ../nbs/06_weighting.ipynb #68b42c66
+def check_parallel(
+    method:Method, # That is to be trained
+):
+    "Raises `ValueError` for several processes and a method that is for one."
+    if size() == 1 or method.parallel: return
+    raise ValueError(f'{method.key} cannot be trained by several processes; these can: {", ".join(k for k, m in methods.items() if m.parallel)}')
 
 # %% ../nbs/06_weighting.ipynb #f9dc468c
 def _load(name):
@@ -225,9 +237,9 @@ def mean_one(
     weights:torch.Tensor, # Weights of a batch `[n]`, 0 or more
     detach:bool=False, # Hold the mean for a constant when gradients are taken
 )->torch.Tensor: # `[n]`
-    "Weights divided by their mean."
-    mean = weights.mean().clamp_min(1e-8)
-    return weights/(mean.detach() if detach else mean)
+    "Weights divided by their mean over the batch, in all processes."
+    middle = batch_mean(weights).clamp_min(1e-8)
+    return weights/(middle.detach() if detach else middle)
 
 # %% ../nbs/06_weighting.ipynb #63ce851d
 class WeightNet(Weighting):
@@ -271,7 +283,7 @@ class MWNet(WeightNet):
     def forward(self, batch:Batch)->torch.Tensor: return self.normalised(self.weigh(batch.loss))
 
 # %% ../nbs/06_weighting.ipynb #ef8c7f67
-@method('mwnet', 'Meta-Weight-Net', learns=True, virtual_step='plain')
+@method('mwnet', 'Meta-Weight-Net', learns=True, virtual_step='plain', parallel=True)
 @delegates(WeightNet)
 def mwnet(task, **kwargs):
     "Meta-Weight-Net (Shu et al., NeurIPS 2019): a weight from the loss."
@@ -323,7 +335,7 @@ def _check_start(name):
     if name not in _starts: raise ValueError(f'unknown weight_net_init {name!r}; known: {", ".join(_starts)}')
 
 # %% ../nbs/06_weighting.ipynb #53924fc1
-@method('curvenet', 'CurveNet', learns=True, needs_curves=True)
+@method('curvenet', 'CurveNet', learns=True, needs_curves=True, parallel=True)
 @delegates(WeightNet)
 def curvenet(task,
     drop_epochs:float=5/300, # Start of a curve that is dropped, S: a fraction of the probe, or epochs from 1 on
