@@ -258,7 +258,8 @@ def _trained(s, data, here, fresh, curves, saved, log):
     result = _without_clean(task.learn(s.method, **{name: in_force[name] for name in s.declared.options}), len(data.train.y))
     trained = time.perf_counter()
     predictions = None if here.test is None else predict(result.model, here.test, precision=task.training.precision).cpu()
-    return here, curves and whole_curves(curves), result, predictions, {'seconds_probe': probed - started, 'seconds_train': trained - probed}
+    curves = curves and whole_curves(curves)
+    return here, curves, result, predictions, {'seconds_probe': probed - started, 'seconds_train': trained - probed}
 
 def _without_clean(result, N):
     def cut(weights): return None if weights is None else weights[:N]
@@ -368,8 +369,8 @@ def _check_processes(s, device):
                      **({'wave_batch_size': s.wave_batch_size} if may_probe(s) else {}))
     if s.sync_bn and s.compile: raise ValueError('compiled steps cannot wait for other processes: choose sync_bn or compile')
     if device.type == 'cuda' and device.index != int(os.environ.get('LOCAL_RANK', 0)):
-        raise ValueError(f'each process needs a GPU of its own, and here are {torch.cuda.device_count()}: start no more processes on a machine, '
-                         'and leave device alone, or say device=cpu')
+        raise ValueError(f'each process needs a GPU of its own, and here are {torch.cuda.device_count()}: start no more processes '
+                         'on a machine, and leave device alone, or say device=cpu')
 
 # %% ../nbs/14_experiment.ipynb #d79f2bc0
 @contextmanager
