@@ -268,7 +268,8 @@ def _trained(s, data, here, fresh, curves, saved, log):
     trained = time.perf_counter()
     predictions = None if here.test is None else predict(result.model, here.test, precision=task.training.precision).cpu()
     followed = task.found[0].result() if s.follow_samples and task.found else None
-    return here, curves and whole_curves(curves), result, predictions, followed, {'seconds_probe': probed - started, 'seconds_train': trained - probed}
+    curves = curves and whole_curves(curves)
+    return here, curves, result, predictions, followed, {'seconds_probe': probed - started, 'seconds_train': trained - probed}
 
 def _without_clean(result, N):
     def cut(weights): return None if weights is None else weights[:N]
@@ -380,8 +381,8 @@ def _check_processes(s, device):
     if s.follow_samples: raise ValueError('several processes do not follow samples: leave follow_samples at 0')
     if s.sync_bn and s.compile: raise ValueError('compiled steps cannot wait for other processes: choose sync_bn or compile')
     if device.type == 'cuda' and device.index != int(os.environ.get('LOCAL_RANK', 0)):
-        raise ValueError(f'each process needs a GPU of its own, and here are {torch.cuda.device_count()}: start no more processes on a machine, '
-                         'and leave device alone, or say device=cpu')
+        raise ValueError(f'each process needs a GPU of its own, and here are {torch.cuda.device_count()}: start no more processes '
+                         'on a machine, and leave device alone, or say device=cpu')
 
 # %% ../nbs/14_experiment.ipynb #d79f2bc0
 @contextmanager

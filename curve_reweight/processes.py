@@ -50,7 +50,7 @@ def rank()->int:
 # %% ../nbs/02a_processes.ipynb #895c8cdc
 @contextmanager
 def quiet_parts(
-    seconds:float=3., # That an error waits
+    seconds:float=10., # That an error waits
 ):
     "Nothing is said in processes other than 0, started by `torchrun`; errors go on a little later."
     if os.environ.get('RANK', '0') == '0': yield; return

@@ -212,7 +212,8 @@ def check_parallel(
 ):
     "Raises `ValueError` for several processes and a method that is for one."
     if size() == 1 or method.parallel: return
-    raise ValueError(f'{method.key} cannot be trained by several processes; these can: {", ".join(k for k, m in methods.items() if m.parallel)}')
+    can = ', '.join(k for k, m in methods.items() if m.parallel)
+    raise ValueError(f'{method.key} cannot be trained by several processes; these can: {can}')
 
 # %% ../nbs/06_weighting.ipynb #f9dc468c
 def _load(name):

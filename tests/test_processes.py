@@ -174,7 +174,7 @@ def test_curves_of_two_processes_are_those_of_one(tmp_path):
 
 # Runs
 
-small = dict(dataset='digits', method='curvenet_gdw', model='small_cnn', epochs=4, probe_epochs=4, drop_epochs=1, batch_size=64,
+small = dict(dataset='digits', method='curvenet_gdw', model='small_cnn', epochs=4, probe_epochs=4, batch_size=64,
              wave_batch_size=32, noise_rate=.2, imbalance_ratio=2., checkpoint_seconds=0.)
 
 
