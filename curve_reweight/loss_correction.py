@@ -7,7 +7,7 @@ __all__ = ['first_training', 'anchor_matrix', 'given_matrix', 'forward', 'confus
            'local_dimension', 'last_features', 'mean_dimension', 'turns_up', 'd2l', 'JointLabels', 'FixedLabels',
            'joint_optimization']
 
-# %% ../nbs/11b_loss_correction.ipynb #3cc3356f
+# %% ../nbs/11b_loss_correction.ipynb #b2b62892
 import copy, math
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from .loop import Memory, Plan, Precision, probabilities
 from .train import Learner, make_result
 from .weighting import Batch, method
 
-# %% ../nbs/11b_loss_correction.ipynb #78013c06
+# %% ../nbs/11b_loss_correction.ipynb #98547f37
 def first_training(
     task, # Data, classifier and training
     first_epochs:int|None, # Epochs; None: as many as the training's
@@ -33,7 +33,7 @@ def first_training(
     epochs = task.training.epochs if first_epochs is None else first_epochs
     return task.train(stage='train_first', log=False, epochs=epochs).model
 
-# %% ../nbs/11b_loss_correction.ipynb #78b0e78d
+# %% ../nbs/11b_loss_correction.ipynb #6dca412b
 def anchor_matrix(
     p:torch.Tensor, # Predictions for the train set, by a classifier trained on noisy labels `[N, C]`
     y:torch.Tensor, # Observed labels `[N]`
@@ -45,30 +45,33 @@ def anchor_matrix(
     position = torch.where(share > 1 - percentile/100, int(percentile/100*(N - 1)), N - 1)
     return p[p.argsort(dim=0, stable=True)[position, torch.arange(C, device=y.device)]]
 
-# %% ../nbs/11b_loss_correction.ipynb #a33afc2a
+# %% ../nbs/11b_loss_correction.ipynb #deb3a6d9
 def given_matrix(
     data:BiasedData, # Read for the number of classes and the true matrix
     transition:list|str, # Rows of probabilities, true class × label, or `'true'`
 )->torch.Tensor: # `[C, C]`, on the data's device
     "A matrix that need not be estimated. Raises `ValueError` for one that is none, or when nobody knows the true one."
-    if transition == 'true' and data.matrix is None: raise ValueError('nobody knows the true noise matrix of these data: leave transition alone')
+    if isinstance(transition, str) and transition != 'true':
+        raise ValueError(f'transition is {transition!r}, wanted rows of probabilities, or true')
+    if transition == 'true' and data.matrix is None:
+        raise ValueError('nobody knows the true noise matrix of these data: leave transition alone')
     rows = data.matrix if transition == 'true' else check_probabilities(transition, (data.n_classes, data.n_classes), 'transition')
     return torch.as_tensor(rows, dtype=torch.float32, device=data.train.y.device)
 
 @method('forward', 'Forward')
 def forward(task,
-    transition:list|str=None, # Noise matrix: rows of probabilities, true class by label, or true for the one that made the noise; None: estimated
-    anchor_percentile:float=97., # Percentile of a class's probability at which its row is read off; 100: the largest
+    transition:list|str=None, # Noise matrix: rows of probabilities, true class by label, or true for that of the data; None: estimated
+    anchor_percentile:float=97., # Percentile of a class's probability at which its row of the noise matrix is read off; 100: the largest
     first_epochs:int=None, # Epochs of the first, plain training; None: as many as the training's
 ):
-    """Loss correction (Patrini et al., CVPR 2017), two trainings unless the matrix is given; the weights are the belief in each label. Raises
-    `ValueError` for what is no matrix, or when nobody knows the true one."""
+    """Loss correction (Patrini et al., CVPR 2017), two trainings unless the matrix is given; the weights are the belief in each label.
+    Raises `ValueError` for what is no matrix, or when nobody knows the true one."""
     data, precision = task.data, task.training.precision
     if transition is not None: return LossCorrection(given_matrix(data, transition), len(data.train.y))
     p = probabilities(first_training(task, first_epochs), data.train, precision=precision)
     return LossCorrection(anchor_matrix(p, data.train.y, anchor_percentile), len(data.train.y))
 
-# %% ../nbs/11b_loss_correction.ipynb #d69219f4
+# %% ../nbs/11b_loss_correction.ipynb #fe967404
 def confusion(
     p:torch.Tensor, # Beliefs about the true classes of the train set `[N, C]`
     y:torch.Tensor, # Observed labels `[N]`
@@ -95,7 +98,7 @@ class NoiseLayer(nn.Module):
         "Cross-entropy of the labels behind the layer."
         return -(p*self.matrix.T[y]).sum(1).clamp_min(1e-30).log()
 
-# %% ../nbs/11b_loss_correction.ipynb #8b99e07b
+# %% ../nbs/11b_loss_correction.ipynb #41abd536
 @method('s_model', 'S-Model', own_loop=True)
 def s_model(task,
     first_epochs:int=None, # Epochs of the first, plain training; None: as many as the training's
@@ -121,7 +124,7 @@ def s_model(task,
     history = task.run_epochs(step, learned, follow=('optimizer', 'layer_optimizer'))
     return make_result(model, history, layer, kept['belief'], data.train.y)
 
-# %% ../nbs/11b_loss_correction.ipynb #cebf805c
+# %% ../nbs/11b_loss_correction.ipynb #b6ee7a39
 class LCCN(Relabelling):
     """Latent class-conditional noise (AAAI 2019): as weights the belief in each class `[n, C]` (Eq. 6); the step is on classes drawn from
     it."""
@@ -166,21 +169,21 @@ class LCCN(Relabelling):
         self.latent[batch.index] = drawn
         return self.virtual_gradient(batch, F.one_hot(drawn, belief.shape[1]))
 
-# %% ../nbs/11b_loss_correction.ipynb #a7498f1a
+# %% ../nbs/11b_loss_correction.ipynb #be469a30
 @method('lccn', 'LCCN')
 def lccn(task,
     dirichlet:float=1., # Dirichlet prior of a row of the noise matrix: α
     warm_share:float=.43, # Fraction of the epochs in which classes are drawn by the fixed matrix of the first training
     first_epochs:int=None, # Epochs of the first, plain training; None: as many as the training's
 ):
-    """Latent class-conditional noise (Yao et al., AAAI 2019), two trainings; the history is the second's, the weights are the belief in each
-    label."""
+    """Latent class-conditional noise (Yao et al., AAAI 2019), two trainings; the history is the second's, the weights are the belief in
+    each label."""
     y, training = task.data.train.y, task.training
     model = first_training(task, first_epochs)
     p = probabilities(model, task.data.train, precision=training.precision)
     return task.train(LCCN(p.argmax(1), y, confusion(p, y), dirichlet, warm_share, training.seed), model=model)
 
-# %% ../nbs/11b_loss_correction.ipynb #995cedf2
+# %% ../nbs/11b_loss_correction.ipynb #7c99ed8d
 def local_dimension(
     x:torch.Tensor, # Points `[n, d]`, at least 3
     neighbours:int=20, # k
@@ -191,7 +194,7 @@ def local_dimension(
     ratios = (r/r[:, -1:].clamp_min(1e-30)).clamp_min(1e-8)
     return -1/ratios.log().mean(1).clamp_max(-1e-8)
 
-# %% ../nbs/11b_loss_correction.ipynb #0c37070f
+# %% ../nbs/11b_loss_correction.ipynb #5f70bcd0
 def last_features(
     model:nn.Module, # Classifier
     samples:Samples, # Never augmented
@@ -222,16 +225,16 @@ def turns_up(
     before = dimensions[-window - 1:-1]
     return len(dimensions) >= start + window and bool(dimensions[-1] - before.mean() > 2*before.std(correction=0))
 
-# %% ../nbs/11b_loss_correction.ipynb #77c7da22
+# %% ../nbs/11b_loss_correction.ipynb #823236fc
 @method('d2l', 'D2L', own_loop=True)
 def d2l(task,
     lid_neighbours:int=20, # Nearest neighbours that the local dimension is estimated from
-    lid_samples:int=1280, # Train samples at whose features it is estimated after every epoch
-    lid_window:int=5, # Epochs whose dimensions the last one is compared with
-    lid_start:int=5, # Epochs before these
+    lid_samples:int=1280, # Train samples at whose features the dimension is estimated after every epoch
+    lid_window:int=5, # Epochs whose dimensions that of the last one is compared with
+    lid_start:int=5, # Epochs before that window, in which no rise is looked for
 ):
-    """Dimensionality-driven learning (Ma et al., ICML 2018); as weights, what was left for the observed label; the history tells of dimension
-    and share. Raises `ValueError` for a classifier without a linear layer."""
+    """Dimensionality-driven learning (Ma et al., ICML 2018); as weights, what was left for the observed label; the history tells of
+    dimension and share. Raises `ValueError` for a classifier without a linear layer."""
     train, training, E = task.data.train, task.training, task.training.epochs
     net, rule = task.make_model(), ReedHard(1.)
     last_linear(net) # refuses a classifier without one
@@ -256,7 +259,7 @@ def d2l(task,
     history = history.assign(dimension=kept['dimension'].cpu(), label_share=kept['share'][:-1].cpu())
     return make_result(net, history, rule, kept['weights'])
 
-# %% ../nbs/11b_loss_correction.ipynb #052151ef
+# %% ../nbs/11b_loss_correction.ipynb #ea036717
 class JointLabels(Relabelling):
     "Joint Optimization's first stage (CVPR 2018): a table of labels, replaced by mean predictions, and two regularisers on the prediction."
     def __init__(self,
@@ -297,18 +300,18 @@ class JointLabels(Relabelling):
         entropy = centred(batch.p.clamp_min(1e-30).log())
         return self.virtual_gradient(batch, labels) + batch.scale[:, None]*(self.prior_weight*prior + self.entropy_weight*entropy)
 
-# %% ../nbs/11b_loss_correction.ipynb #59d9057a
+# %% ../nbs/11b_loss_correction.ipynb #d8d23dd5
 class FixedLabels(FixedWeights, Relabelling):
     "Given labels, one distribution a sample `[N, C]`."
 
 @method('joint_optimization', 'Joint Optimization')
 def joint_optimization(task,
-    prior_weight:float=1.2, # Weight of the divergence of mean predictions from the shares of the classes, α; 0.8 in the paper for flip noise
-    entropy_weight:float=.8, # Weight of the prediction's entropy, β; 0.4 in the paper for flip noise
+    prior_weight:float=1.2, # Weight of the divergence of mean predictions from the classes' shares, α
+    entropy_weight:float=.8, # Weight of the prediction's entropy, β
     update_start:float=.35, # Fraction of the first training's epochs before labels are replaced
     average_epochs:int=10, # Epochs whose predictions are averaged to labels
     first_epochs:int=None, # Epochs of the first training, in which labels are replaced; None: as many as the training's
-    first_lr:float=None, # Its constant learning rate; None: the training's highest
+    first_lr:float=None, # Constant learning rate of the first training; None: the training's highest
 ):
     """Joint Optimization (Tanaka et al., CVPR 2018), two trainings; the history is the second's, the weights are what is left of each
     label."""
