@@ -79,7 +79,10 @@ wrong_settings = {
     'must be from 1 to': dict(low_loss_per_class=0), 'at least 2 samples': dict(batch_size=1),
     'val_per_class is -1': dict(val_per_class=-1), 'fewer than meta_per_class': dict(meta_per_class=10**6),
     'unknown crop': dict(crop='corner'), 'unknown model': dict(model='resnet33'), 'cannot be used here': dict(device='cuda:99'),
-    'forget_rate': dict(method='co_teaching', forget_rate=2.),
+    'forget_rate': dict(method='co_teaching', forget_rate=2.), 'first_epochs is 0': dict(method='s_model', first_epochs=0),
+    'anchor_percentile is 0': dict(method='forward', anchor_percentile=0.), 'wanted list or str': dict(method='forward', transition=3),
+    'lid_neighbours is 1': dict(method='d2l', lid_neighbours=1), 'update_start is 2': dict(method='joint_optimization', update_start=2.),
+    'dirichlet is 0': dict(method='lccn', dirichlet=0.), 'does not read first_epochs': dict(method='ce', first_epochs=3),
 }
 
 

@@ -28,9 +28,9 @@ def command(log, words):
     main()
 
 
-def start(out, *words):
+def start(out, *words, common=small):
     "The command, as a process; what it says goes to a file beside the folder"
-    process = processes.Process(target=command, args=(f'{out}.log', [*small, *words, '--out_dir', str(out)]))
+    process = processes.Process(target=command, args=(f'{out}.log', [*common, *words, '--out_dir', str(out)]))
     open(f'{out}.log', 'w').close()
     process.start()
     return process
@@ -48,8 +48,8 @@ def kill(process): process.kill(); process.join(); return process.exitcode
 def row(out): return {k: v for k, v in json.loads((out/'row.json').read_text()).items() if not k.startswith('seconds') and k != 'out_dir'}
 
 
-def finish(out, *words):
-    code, said = end(start(out, *words), out)
+def finish(out, *words, common=small):
+    code, said = end(start(out, *words, common=common), out)
     assert code == 0 and 'Traceback' not in said, said
     return row(out)
 
@@ -89,6 +89,27 @@ def test_killed_at_20_random_moments_ends_in_the_same_row(whole, tmp_path):
     assert finish(tmp_path) == expected
     for name in 'history.csv', 'suspects.csv': assert (tmp_path/name).read_bytes() == (undisturbed/name).read_bytes()
     assert not list(tmp_path.glob('*.pt')) and not list(tmp_path.glob('*.part')) and not (tmp_path/'probe_losses.f32').exists()
+
+
+few = '--dataset digits --model small_cnn --epochs 4 --batch_size 64 --checkpoint_seconds 0'.split()
+staged = {'forward': '', 's_model': '', 'lccn': '', 'joint_optimization': '--average_epochs 2',
+          'd2l': '--lid_window 1 --lid_start 1 --lid_samples 30 --lid_neighbours 5'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', staged)
+def test_killed_in_any_stage_ends_in_the_same_row(method, tmp_path):
+    words = ['--method', method, *staged[method].split()]
+    expected = finish(tmp_path/'whole', *words, common=few)
+    for kills in range(6):
+        before = saved(tmp_path/'killed')
+        process = start(tmp_path/'killed', *words, common=few)
+        wait_for(lambda: saved(tmp_path/'killed') != before, process)
+        time.sleep(.1*kills)
+        kill(process)
+        if (tmp_path/'killed'/'row.json').exists(): break
+    assert kills > 1 and finish(tmp_path/'killed', *words, common=few) == expected
+    assert not list((tmp_path/'killed').glob('*.pt'))
 
 
 def test_ctrl_c_leaves_a_checkpoint(whole, tmp_path):
