@@ -43,7 +43,8 @@ def _in_force(table):
         own = _own_defaults(name)
         given = table[name].astype(object) if name in table else pd.Series(np.nan, table.index, object)
         columns[name] = given.where(given.notna(), table.method.map(own)).where(table.method.isin(own))
-    return table.assign(**columns).infer_objects()
+    own = pd.DataFrame(columns, index=table.index)
+    return pd.concat([table.drop(columns=own.columns, errors='ignore'), own], axis=1).infer_objects()
 
 # %% ../nbs/17_report.ipynb #fa4b6c51
 accuracies = 'test_acc_last', 'test_acc_last5', 'test_acc_best' # Columns of a row
@@ -59,7 +60,7 @@ def read_rows(
     """Rows of several grids, each run once, options at the values in force.
 
     Raises `OSError` for a file that cannot be read and `ValueError` for a table that lacks a column or holds an unknown method."""
-    rows = pd.concat([_complete(t) for t in tables], ignore_index=True).infer_objects()
+    rows = pd.concat([_complete(t) for t in tables], ignore_index=True).infer_objects().copy() # in one piece
     rows = rows.assign(features=rows.features.fillna(''), train_on_meta=rows.train_on_meta.eq(True)) # '' comes back from a CSV as NaN
     rate, ratio = rows.noise_rate.map('{:g}'.format), rows.imbalance_ratio.map('{:g}'.format)
     rows['noise'] = np.select([rows.noise_kind == 'as_it_came', rows.noise_rate == 0], ['real', 'none'], rows.noise_kind)
