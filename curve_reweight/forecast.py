@@ -71,9 +71,9 @@ def spread(
     n:int, # Positions to choose from
     k:int, # How many are wanted
 )->torch.Tensor: # Positions, int64, rising; all where there are fewer
-    "Positions at equal distances."
+    "Positions at equal distances, the first and the last half a distance from the ends."
     k = min(n, k)
-    return torch.arange(k)*n//max(k, 1)
+    return (2*torch.arange(k) + 1)*n//max(2*k, 1)
 
 def source_of(
     setting:Setting, # The run
@@ -124,7 +124,9 @@ def few_of(
     meta, held = Samples(x_meta, data.meta.y[clean]), Samples(inputs('test', test), data.test.y[test])
     few = replace(few, train=few.train._replace(x=x_train), meta=meta, index_meta=index_meta.numpy(), test=held, val=None, reader=None)
     M = len(data.meta.y)
-    if not M: few, M = replace(few, meta=few.train.take(spread(n, data.n_classes))), setting.low_loss_per_class*data.n_classes
+    if not M:
+        some = few.train.take(spread(len(few.train.y), data.n_classes))
+        few, M = replace(few, meta=some, index_meta=-1 - np.arange(len(some.y))), setting.low_loss_per_class*data.n_classes
     return Few(few, len(data.train.y), M, len(data.test.y), setting.train_on_meta)
 
 # %% ../nbs/14b_forecast.ipynb #c6e7cdf5
@@ -281,8 +283,8 @@ def _stages(self:Forecast, s):
     def take():
         few, b, whole, meta = self._few(s), self._tried(s), setting_training(s), setting_meta(s)
         data = few.data.take(spread(len(few.data.train.y), 4*b))
-        def some(part, k): return part.take(spread(len(part.y), k))
-        data = replace(data, meta=some(data.meta, max(4*b, data.n_classes)), test=some(data.test, b))
+        clean, test = spread(len(data.meta.y), max(4*b, data.n_classes)), spread(len(data.test.y), b)
+        data = replace(data, meta=data.meta.take(clean), index_meta=data.index_meta[clean.numpy()], test=data.test.take(test))
         meta = replace(meta, meta_batch_size=max(2, round(meta.meta_batch_size*b/s.batch_size)))
         plan = probe_plan(s.probe_epochs, s.probe_lr, s.batch_size, s.wave_batch_size, s.wave)
         curves = LossCurves(torch.rand(len(data.train.y), s.probe_epochs), data.train.y.cpu(), plan.lr)

@@ -461,6 +461,22 @@ def test_rows_of_the_table_count_without_a_folder(tmp_path, monkeypatch):
     assert len(pd.read_csv(table)) == 1 and pd.read_csv(f'{table}.old').key.tolist() == [jobs[2].key, jobs[1].key]
 
 
+def test_a_grid_shows_its_table_while_runs_come_and_at_the_end(tmp_path, monkeypatch):
+    settings, shown = {'name': 'g', 'seeds': 2, 'product': {'method': ['ce', 'gdw']}}, []
+    jobs = grid.make_jobs(settings, tmp_path/'g')
+    def end(job): finish(job, grid.code_version(job.setting), test_acc_last=80 + 2*job.setting.seed)
+    def run_all(left, do, retry, table, collect, **how):
+        end(jobs[3]); collect(); end(jobs[1]); collect()
+    for job in jobs[:3:2]: end(job)
+    monkeypatch.setattr(grid, '_run_all', run_all)
+    grid.run_grid(settings, tmp_path, direct=True, show=shown.append)
+    assert len(shown) == 2, 'not after every run'
+    assert '80.00 (1 of 2)' in shown[0] and shown[0].count('81.00 ± 1.41') == 1 and shown[1].count('81.00 ± 1.41') == 2
+    assert (tmp_path/'g'/'table.txt').read_text() == shown[1] + '\n'
+    grid.run_grid(settings, tmp_path, direct=True, show=shown.append)
+    assert len(shown) == 3 and shown[2] == shown[1], 'once where nothing is left to do'
+
+
 def test_rows_of_changed_code_are_confirmed_by_a_few_runs(tmp_path, monkeypatch):
     path, table = tmp_path/'g.yaml', tmp_path/'g.csv'
     path.write_text(yaml.safe_dump({'table': 'g.csv', 'seeds': 3, 'product': {'method': ['ce', 'gdw']}}))

@@ -13,7 +13,7 @@ import torch
 from curve_reweight.core import make_out_dir, save_checkpoint
 
 small = ('--method curvenet_gdw --epochs 3 --probe_epochs 5 --drop_epochs 1 --batch_size 64 --wave_batch_size 32 '
-         '--checkpoint_seconds 0').split()
+         '--checkpoint_seconds 0 --follow_samples 5').split()
 processes = multiprocessing.get_context('forkserver')  # a server that has imported everything, so that each process starts at once
 processes.set_forkserver_preload(['curve_reweight.experiment'])
 
@@ -87,7 +87,7 @@ def test_killed_at_20_random_moments_ends_in_the_same_row(whole, tmp_path):
         kills += kill(process) == -signal.SIGKILL
     assert kills == 20, 'the run was over before the last kill: make it longer'
     assert finish(tmp_path) == expected
-    for name in 'history.csv', 'suspects.csv': assert (tmp_path/name).read_bytes() == (undisturbed/name).read_bytes()
+    for name in 'history.csv', 'suspects.csv', 'followed.npz': assert (tmp_path/name).read_bytes() == (undisturbed/name).read_bytes()
     assert not list(tmp_path.glob('*.pt')) and not list(tmp_path.glob('*.part')) and not (tmp_path/'probe_losses.f32').exists()
 
 
