@@ -174,6 +174,7 @@ class TimedTask(Task):
         "See `train.Task.train`."
         part = self.data if data is None else data
         self._note(part, changes, rule)
+        if rule is not None: rule.learns = lambda epoch, plan: True # also one that starts later: its own steps are to be timed
         part = part.take(spread(len(part.train.y), self.limit))
         return super().train(rule, part, model, stage, log, **{**changes, 'epochs': 1, 'batch_size': self.training.batch_size})
 
