@@ -7,7 +7,7 @@ __all__ = ['first_training', 'anchor_matrix', 'given_matrix', 'forward', 'confus
            'local_dimension', 'last_features', 'mean_dimension', 'turns_up', 'd2l', 'JointLabels', 'FixedLabels',
            'joint_optimization']
 
-# %% ../nbs/11b_loss_correction.ipynb #b2b62892
+# %% ../nbs/11b_loss_correction.ipynb #40a6b82a
 import copy, math
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ from .loop import Memory, Plan, Precision, probabilities
 from .train import Learner, make_result
 from .weighting import Batch, method
 
-# %% ../nbs/11b_loss_correction.ipynb #98547f37
+# %% ../nbs/11b_loss_correction.ipynb #a336d175
 def first_training(
     task, # Data, classifier and training
     first_epochs:int|None, # Epochs; None: as many as the training's
@@ -33,7 +33,7 @@ def first_training(
     epochs = task.training.epochs if first_epochs is None else first_epochs
     return task.train(stage='train_first', log=False, epochs=epochs).model
 
-# %% ../nbs/11b_loss_correction.ipynb #6dca412b
+# %% ../nbs/11b_loss_correction.ipynb #89563d90
 def anchor_matrix(
     p:torch.Tensor, # Predictions for the train set, by a classifier trained on noisy labels `[N, C]`
     y:torch.Tensor, # Observed labels `[N]`
@@ -45,7 +45,7 @@ def anchor_matrix(
     position = torch.where(share > 1 - percentile/100, int(percentile/100*(N - 1)), N - 1)
     return p[p.argsort(dim=0, stable=True)[position, torch.arange(C, device=y.device)]]
 
-# %% ../nbs/11b_loss_correction.ipynb #deb3a6d9
+# %% ../nbs/11b_loss_correction.ipynb #90dbddc0
 def given_matrix(
     data:BiasedData, # Read for the number of classes and the true matrix
     transition:list|str, # Rows of probabilities, true class × label, or `'true'`
@@ -71,7 +71,7 @@ def forward(task,
     p = probabilities(first_training(task, first_epochs), data.train, precision=precision)
     return LossCorrection(anchor_matrix(p, data.train.y, anchor_percentile), len(data.train.y))
 
-# %% ../nbs/11b_loss_correction.ipynb #fe967404
+# %% ../nbs/11b_loss_correction.ipynb #f3e3cb3e
 def confusion(
     p:torch.Tensor, # Beliefs about the true classes of the train set `[N, C]`
     y:torch.Tensor, # Observed labels `[N]`
@@ -98,7 +98,7 @@ class NoiseLayer(nn.Module):
         "Cross-entropy of the labels behind the layer."
         return -(p*self.matrix.T[y]).sum(1).clamp_min(1e-30).log()
 
-# %% ../nbs/11b_loss_correction.ipynb #41abd536
+# %% ../nbs/11b_loss_correction.ipynb #b672d9ee
 @method('s_model', 'S-Model', own_loop=True)
 def s_model(task,
     first_epochs:int=None, # Epochs of the first, plain training; None: as many as the training's
@@ -124,7 +124,7 @@ def s_model(task,
     history = task.run_epochs(step, learned, follow=('optimizer', 'layer_optimizer'))
     return make_result(model, history, layer, kept['belief'], data.train.y)
 
-# %% ../nbs/11b_loss_correction.ipynb #b6ee7a39
+# %% ../nbs/11b_loss_correction.ipynb #d7a8fea3
 class LCCN(Relabelling):
     """Latent class-conditional noise (AAAI 2019): as weights the belief in each class `[n, C]` (Eq. 6); the step is on classes drawn from
     it."""
@@ -169,7 +169,7 @@ class LCCN(Relabelling):
         self.latent[batch.index] = drawn
         return self.virtual_gradient(batch, F.one_hot(drawn, belief.shape[1]))
 
-# %% ../nbs/11b_loss_correction.ipynb #be469a30
+# %% ../nbs/11b_loss_correction.ipynb #582cafdd
 @method('lccn', 'LCCN')
 def lccn(task,
     dirichlet:float=1., # Dirichlet prior of a row of the noise matrix: α
@@ -183,7 +183,7 @@ def lccn(task,
     p = probabilities(model, task.data.train, precision=training.precision)
     return task.train(LCCN(p.argmax(1), y, confusion(p, y), dirichlet, warm_share, training.seed), model=model)
 
-# %% ../nbs/11b_loss_correction.ipynb #7c99ed8d
+# %% ../nbs/11b_loss_correction.ipynb #be71f562
 def local_dimension(
     x:torch.Tensor, # Points `[n, d]`, at least 3
     neighbours:int=20, # k
@@ -194,7 +194,7 @@ def local_dimension(
     ratios = (r/r[:, -1:].clamp_min(1e-30)).clamp_min(1e-8)
     return -1/ratios.log().mean(1).clamp_max(-1e-8)
 
-# %% ../nbs/11b_loss_correction.ipynb #5f70bcd0
+# %% ../nbs/11b_loss_correction.ipynb #8edb31e4
 def last_features(
     model:nn.Module, # Classifier
     samples:Samples, # Never augmented
@@ -225,7 +225,7 @@ def turns_up(
     before = dimensions[-window - 1:-1]
     return len(dimensions) >= start + window and bool(dimensions[-1] - before.mean() > 2*before.std(correction=0))
 
-# %% ../nbs/11b_loss_correction.ipynb #823236fc
+# %% ../nbs/11b_loss_correction.ipynb #83df7560
 @method('d2l', 'D2L', own_loop=True)
 def d2l(task,
     lid_neighbours:int=20, # Nearest neighbours that the local dimension is estimated from
@@ -259,7 +259,7 @@ def d2l(task,
     history = history.assign(dimension=kept['dimension'].cpu(), label_share=kept['share'][:-1].cpu())
     return make_result(net, history, rule, kept['weights'])
 
-# %% ../nbs/11b_loss_correction.ipynb #ea036717
+# %% ../nbs/11b_loss_correction.ipynb #6d0ce513
 class JointLabels(Relabelling):
     "Joint Optimization's first stage (CVPR 2018): a table of labels, replaced by mean predictions, and two regularisers on the prediction."
     def __init__(self,
@@ -300,7 +300,7 @@ class JointLabels(Relabelling):
         entropy = centred(batch.p.clamp_min(1e-30).log())
         return self.virtual_gradient(batch, labels) + batch.scale[:, None]*(self.prior_weight*prior + self.entropy_weight*entropy)
 
-# %% ../nbs/11b_loss_correction.ipynb #d8d23dd5
+# %% ../nbs/11b_loss_correction.ipynb #a586a1e6
 class FixedLabels(FixedWeights, Relabelling):
     "Given labels, one distribution a sample `[N, C]`."
 
