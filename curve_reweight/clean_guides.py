@@ -9,7 +9,7 @@ __all__ = ['curricula', 'MROLS', 'mrols', 'L2B', 'l2b', 'MSLC', 'mslc', 'squared
            'LossWatch', 'predefined_weights', 'Mentor', 'planted_labels', 'LossRecord', 'learn_mentor',
            'data_driven_mentor', 'MentorNet', 'mentornet', 'neighbour_labels', 'consistency', 'mlnt']
 
-# %% ../nbs/11c_clean_guides.ipynb #67cf1691
+# %% ../nbs/11c_clean_guides.ipynb #38d65146
 import copy, math
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ from .meta_baselines import SoftLabel
 from .train import make_result, repeated_meta
 from .weighting import Batch, Weighting, WeightNet, method
 
-# %% ../nbs/11c_clean_guides.ipynb #983905cf
+# %% ../nbs/11c_clean_guides.ipynb #f64cdc1b
 class MROLS(WeightNet):
     "Offline loss sequences: loss of every epoch → weight `[n]` in (0, 1) by a temporal convolution net."
     @delegates(WeightNet)
@@ -59,7 +59,7 @@ class MROLS(WeightNet):
         name, lr, decay = self.how
         return make_optimizer(name, list(self.parameters()), lr, momentum=.9, nesterov=True, weight_decay=decay)
 
-# %% ../nbs/11c_clean_guides.ipynb #e99c8525
+# %% ../nbs/11c_clean_guides.ipynb #04161986
 @method('mrols', 'MROLS', learns=True, needs_curves=True, virtual_step='plain')
 @delegates(WeightNet)
 def mrols(task,
@@ -70,7 +70,7 @@ def mrols(task,
     "Weights from offline loss sequences (MROLS): a temporal convolution net over the losses of the probe."
     return MROLS(task.curves.losses, weight_optimizer=weight_optimizer, weight_net_decay=weight_net_decay, **kwargs)
 
-# %% ../nbs/11c_clean_guides.ipynb #782f41bb
+# %% ../nbs/11c_clean_guides.ipynb #4d7bb7d1
 class L2B(Weighting):
     "Learning to Bootstrap (CVPR 2024): label mass `[n, C]`, of given and predicted label, from the meta gradient at zero."
     looks_ahead = True
@@ -100,7 +100,7 @@ def l2b(task,
     "Learning to Bootstrap (Zhou et al., CVPR 2024): weights of the given and of the predicted label from the meta gradient of the moment."
     return L2B(plain_epochs)
 
-# %% ../nbs/11c_clean_guides.ipynb #00ad182a
+# %% ../nbs/11c_clean_guides.ipynb #60b45c48
 class MSLC(WeightNet):
     "Meta Soft Label Corrector (AAAI 2021): labels `[n, C]` mixed of given label, former belief and prediction by two small nets."
     virtual_gradient = Relabelling.virtual_gradient
@@ -139,7 +139,7 @@ class MSLC(WeightNet):
 
     def learns(self, epoch:int, plan:Plan)->bool: return epoch >= round(self.plain_start*len(plan.lr))
 
-# %% ../nbs/11c_clean_guides.ipynb #5b1b4a01
+# %% ../nbs/11c_clean_guides.ipynb #5c20b5a6
 @method('mslc', 'MSLC', learns=True, virtual_step='plain')
 @delegates(WeightNet, but='normalise_weights')
 def mslc(task,
@@ -149,7 +149,7 @@ def mslc(task,
     "Meta Soft Label Corrector (Wu et al., AAAI 2021): a label mixed of the given one, former belief and prediction."
     return MSLC(len(task.data.train.y), task.data.n_classes, plain_start, **kwargs)
 
-# %% ../nbs/11c_clean_guides.ipynb #7937f0a9
+# %% ../nbs/11c_clean_guides.ipynb #a517de3f
 def squared_error(
     labels:torch.Tensor, # Soft labels `[n, C]`
     y:torch.Tensor, # Classes `[n]`
@@ -157,7 +157,7 @@ def squared_error(
     "Mean squared distance of soft labels from classes."
     return (labels - F.one_hot(y, labels.shape[1])).square().sum(1).mean()
 
-# %% ../nbs/11c_clean_guides.ipynb #b4823585
+# %% ../nbs/11c_clean_guides.ipynb #dde458f1
 def clean_classifier(
     task, # Read for training and the size of the train set
     clean, # Clean `Samples`, repeated to that size
@@ -204,7 +204,7 @@ def share_of_given(
     wrong = ((m - mean(s, given))/(m - (1 - m)/(C - 1)).clamp_min(1e-6)).clamp(0, 1)
     return risk/(risk + 2*wrong).clamp_min(1e-12)
 
-# %% ../nbs/11c_clean_guides.ipynb #a3bdc36c
+# %% ../nbs/11c_clean_guides.ipynb #09a3a5a5
 class FixedLabels(Relabelling):
     "Given labels `[N, C]`, each with sum 1."
     def __init__(self,
@@ -237,7 +237,7 @@ def distill(task,
     result = task.train(FixedLabels(labels), data=both)
     return replace(result, weights=result.weights[:N], class_weights=result.class_weights[:N])
 
-# %% ../nbs/11c_clean_guides.ipynb #3ab332b1
+# %% ../nbs/11c_clean_guides.ipynb #31dff19c
 def last_linear(
     model:nn.Module, # Classifier
 )->nn.Linear: # Its last one
@@ -258,7 +258,7 @@ def head_inputs(
     finally: hook.remove()
     return torch.cat(seen)
 
-# %% ../nbs/11c_clean_guides.ipynb #62d6533e
+# %% ../nbs/11c_clean_guides.ipynb #c5dda984
 class CleanNet(nn.Module):
     "CleanNet's two encoders and its decoder: references and query → embeddings of 128 numbers."
     def __init__(self,
@@ -287,7 +287,7 @@ def feature_scale(
     "log(1 + v), with the sign of v."
     return v.sign()*v.abs().log1p()
 
-# %% ../nbs/11c_clean_guides.ipynb #4ff3afe6
+# %% ../nbs/11c_clean_guides.ipynb #edb606b1
 def reference_sets(
     y:torch.Tensor, # Labels of the clean samples `[m]`
     n_classes:int, # C
@@ -302,7 +302,7 @@ def reference_sets(
     width = max(map(len, sets))
     return torch.stack([F.pad(members, (0, width - len(members)), value=-1) for members in sets])
 
-# %% ../nbs/11c_clean_guides.ipynb #9b0a7790
+# %% ../nbs/11c_clean_guides.ipynb #1035ef1d
 def pair_losses(
     similarity:torch.Tensor, # Cosine of query and prototype `[n]`
     right:torch.Tensor, # Whether they belong together `[n]`, bool
@@ -346,7 +346,7 @@ def _compare(net, query, classes, features, sets, own):
     embedded = net.query(query)
     return F.cosine_similarity(embedded, net.prototypes(features[sets[seen]], place, present)), embedded
 
-# %% ../nbs/11c_clean_guides.ipynb #04bac453
+# %% ../nbs/11c_clean_guides.ipynb #079ca1a3
 @torch.no_grad()
 def prototype_weights(
     net:CleanNet, # Trained
@@ -382,7 +382,7 @@ def cleannet(task,
         model = result.model
     return result
 
-# %% ../nbs/11c_clean_guides.ipynb #66e2bb71
+# %% ../nbs/11c_clean_guides.ipynb #84576a91
 class LossWatch(Weighting):
     "A rule that compares losses with a moving average of their percentile. Subclasses write `forward`."
     needs_meta = False
@@ -409,7 +409,7 @@ def predefined_weights(
     "MentorNet PD: self-paced weights, hard at λ₂ = 0 and linear above it."
     return (difference <= 0).to(difference.dtype) if pace == 0 else (1 - difference/pace).clamp(0, 1)
 
-# %% ../nbs/11c_clean_guides.ipynb #c2022d37
+# %% ../nbs/11c_clean_guides.ipynb #31fe6bfa
 class Mentor(nn.Module):
     "MentorNet's net: loss, its difference to the moving average, label, and progress → logit of the label's being right `[n]`."
     def __init__(self,
@@ -425,7 +425,7 @@ class Mentor(nn.Module):
         h, _ = self.read(torch.stack([loss, difference], 1)[:, None])
         return self.judge(torch.cat([self.label(y), self.progress(percent), h[:, 0]], 1))[:, 0]
 
-# %% ../nbs/11c_clean_guides.ipynb #3dbab6d9
+# %% ../nbs/11c_clean_guides.ipynb #0bf14f80
 def planted_labels(
     y:torch.Tensor, # Right labels `[m]`
     n_classes:int, # C
@@ -441,7 +441,7 @@ def planted_labels(
         planted[members] = (c + shifts[:len(members)]) % n_classes
     return planted.to(y.device)
 
-# %% ../nbs/11c_clean_guides.ipynb #21c6dad5
+# %% ../nbs/11c_clean_guides.ipynb #6b16f624
 class LossRecord(LossWatch):
     "Weights of one, and a record of loss and difference for the last m samples of a train set in every epoch."
     def __init__(self,
@@ -499,7 +499,7 @@ def data_driven_mentor(
     seen = losses, differences, rows(planted.cpu()), percent[after].repeat(len(planted))
     return learn_mentor(Mentor(task.data.n_classes), seen, rows(right), seed).requires_grad_(False)
 
-# %% ../nbs/11c_clean_guides.ipynb #430c6cc7
+# %% ../nbs/11c_clean_guides.ipynb #c58d2203
 class MentorNet(LossWatch):
     "MentorNet's curriculum (ICML 2018): weights `[n]` in 0–1, by a mentor or predefined, some of them dropped."
     def __init__(self,
@@ -536,7 +536,7 @@ class MentorNet(LossWatch):
         kept = self.draws[batch.index].argsort()[:int((1 - share)*len(weights) + 1e-9)]
         return torch.zeros_like(weights).index_copy_(0, kept, weights[kept])
 
-# %% ../nbs/11c_clean_guides.ipynb #236cce11
+# %% ../nbs/11c_clean_guides.ipynb #1e5a90a1
 curricula = 'data', 'predefined' # Of MentorNet
 
 @method('mentornet', 'MentorNet')
@@ -559,7 +559,7 @@ def mentornet(task,
     result = task.train(rule)
     return replace(result, weights=rule.judged.cpu())
 
-# %% ../nbs/11c_clean_guides.ipynb #6f72be84
+# %% ../nbs/11c_clean_guides.ipynb #07346493
 def neighbour_labels(
     features:torch.Tensor, # `[n, d]`
     y:torch.Tensor, # Labels `[n]`
@@ -575,7 +575,7 @@ def neighbour_labels(
     labels[chosen] = y[near[chosen, which]]
     return labels
 
-# %% ../nbs/11c_clean_guides.ipynb #3652802e
+# %% ../nbs/11c_clean_guides.ipynb #c27368be
 def consistency(
     forward:Forward, # Of the batch; its graph is kept
     labels:torch.Tensor, # Synthetic labels `[n]`
@@ -591,7 +591,7 @@ def consistency(
     log_p = forward.logits_at(after, forward.x).to(target.dtype).log_softmax(1)
     return F.kl_div(log_p, target, reduction='batchmean')
 
-# %% ../nbs/11c_clean_guides.ipynb #5026e4b3
+# %% ../nbs/11c_clean_guides.ipynb #572c1a89
 @method('mlnt', 'MLNT', own_loop=True)
 def mlnt(task,
     virtual_lr:float=.2, # Learning rate of the virtual step, α
@@ -620,7 +620,7 @@ def mlnt(task,
         believed = probabilities(mentor, task.data.train, precision=precision).gather(1, task.data.train.y[:, None])[:, 0]
     return make_result(mentor, history, None, believed)
 
-# %% ../nbs/11c_clean_guides.ipynb #ff25a697
+# %% ../nbs/11c_clean_guides.ipynb #d9e1e9bf
 def _practised(task, make_labels, mentor, k, stage, virtual_lr, consistency_weight, teacher_memory, second_order):
     "One round of MLNT: the teacher, and the history"
     training, T = task.training, task.training.epochs

@@ -28,9 +28,9 @@ def command(log, words):
     main()
 
 
-def start(out, *words):
-    "The command, as a process; what it says goes to a file beside the folder"
-    process = processes.Process(target=command, args=(f'{out}.log', [*small, *words, '--out_dir', str(out)]))
+def start(out, *words, only=False):
+    "The command, as a process; what it says goes to a file beside the folder. `only` the words that are given, or after the usual ones"
+    process = processes.Process(target=command, args=(f'{out}.log', [*(() if only else small), *words, '--out_dir', str(out)]))
     open(f'{out}.log', 'w').close()
     process.start()
     return process
@@ -48,8 +48,8 @@ def kill(process): process.kill(); process.join(); return process.exitcode
 def row(out): return {k: v for k, v in json.loads((out/'row.json').read_text()).items() if not k.startswith('seconds') and k != 'out_dir'}
 
 
-def finish(out, *words):
-    code, said = end(start(out, *words), out)
+def finish(out, *words, only=False):
+    code, said = end(start(out, *words, only=only), out)
     assert code == 0 and 'Traceback' not in said, said
     return row(out)
 
@@ -111,6 +111,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, tmp_pat
     code, said = end(start(tmp_path), tmp_path)
     assert code == 0 and 'train.pt' in said and 'damaged' in said, said
     assert row(tmp_path) == whole[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method, words', [
+    ('mentornet', []), ('cleannet', ['--clean_net_steps', '20']), ('distill', []), ('mlnt', ['--synthetic_batches', '1', '--rounds', '2'])])
+def test_killed_in_the_last_of_several_trainings(method, words, tmp_path):
+    words = ['--dataset', 'digits', '--model', 'small_cnn', '--method', method, '--epochs', '3', '--batch_size', '64',
+             '--checkpoint_seconds', '0', *words]
+    expected = finish(tmp_path/'whole', *words, only=True)
+    process = start(tmp_path/'killed', *words, only=True)
+    wait_for(lambda: (tmp_path/'killed'/'train.previous.pt').exists(), process)
+    assert kill(process) == -signal.SIGKILL, 'the run was over before it could be killed'
+    assert finish(tmp_path/'killed', *words, only=True) == expected
 
 
 def test_the_second_run_in_a_folder_stops(tmp_path):
