@@ -134,6 +134,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, tmp_pat
     assert row(tmp_path) == whole[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('method, words', [
+    ('mentornet', []), ('cleannet', ['--clean_net_steps', '20']), ('distill', []), ('mlnt', ['--synthetic_batches', '1', '--rounds', '2'])])
+def test_killed_in_the_last_of_several_trainings(method, words, tmp_path):
+    words = ['--dataset', 'digits', '--model', 'small_cnn', '--method', method, '--epochs', '3', '--batch_size', '64',
+             '--checkpoint_seconds', '0', *words]
+    expected = finish(tmp_path/'whole', *words, common=[])
+    process = start(tmp_path/'killed', *words, common=[])
+    wait_for(lambda: (tmp_path/'killed'/'train.previous.pt').exists(), process)
+    assert kill(process) == -signal.SIGKILL, 'the run was over before it could be killed'
+    assert finish(tmp_path/'killed', *words, common=[]) == expected
+
+
 def test_the_second_run_in_a_folder_stops(tmp_path):
     first = start(tmp_path, '--epochs', '1000')
     wait_for(lambda: (tmp_path/'.lock').exists() and (tmp_path/'.lock').read_text(), first)
