@@ -277,7 +277,7 @@ def test_torchrun_starts_it_and_says_errors_once(tmp_path):
     done = subprocess.run([*start, *words], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count('test accuracy') == 1 and row(tmp_path/'out')['processes'] == 2, done.stderr
     for bad, sentence in ('--noise_rate=2', 'noise_rate is 2'), ('--method=har', 'har cannot be trained by several processes'):
-        done = subprocess.run([*start, *words, bad], capture_output=True, text=True)
+        done = subprocess.run([*start, *words, bad, f'--out_dir={tmp_path}/refused'], capture_output=True, text=True)
         assert done.returncode != 0 and done.stderr.count(sentence) == 1, done.stderr
 
 
