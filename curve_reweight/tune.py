@@ -73,9 +73,10 @@ def space_of(
     tuning:dict, # See `load_tuning`
     method:str, # One of its methods
 )->dict: # Parameter → list or dict
-    "All that is searched for a method. Raises `ValueError` for more than two options of its own."
+    "All that is searched for a method. Raises `ValueError` for more than two options of its own; a list of one value is no choice."
     own = tuning['methods'][method] or {}
-    if len(own) > 2: raise ValueError(f'{method} has {len(own)} options of its own to search, at most 2 are fair')
+    searched = [name for name, values in own.items() if not (isinstance(values, list) and len(values) == 1)]
+    if len(searched) > 2: raise ValueError(f'{method} has {len(searched)} options of its own to search, at most 2 are fair')
     return {**tuning['space'], **own}
 
 def first_trial(tuning, method):
