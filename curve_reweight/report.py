@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['accuracies', 'baseline', 'references', 'cell_options', 'code_noise', 'paper_names', 'followed_figures', 'table_grids',
-           'read_rows', 'beside_base', 'interval', 'full_part', 'variants', 'titled', 'plain_variant', 'same_cells',
-           'paired_gain', 'to_markdown', 'bench_table', 'that_have_all', 'bench_blocks', 'head_to_head',
+           'read_rows', 'base_name', 'beside_base', 'interval', 'full_part', 'variants', 'titled', 'plain_variant',
+           'same_cells', 'paired_gain', 'to_markdown', 'bench_table', 'that_have_all', 'bench_blocks', 'head_to_head',
            'default_variant', 'settings_table', 'notes', 'bench_lines', 'bench_caption', 'plot_bench', 'plot_cost',
            'duel_lines', 'write_bench', 'cell_settings', 'cell_rows', 'report', 'unseen_gains', 'report_markdown',
            'plot_report', 'write_report', 'followed_runs', 'figure_shares']
@@ -70,13 +70,19 @@ def read_rows(
     return rows[~same.duplicated(keep='last')].reset_index(drop=True)
 
 # %% ../nbs/17_report.ipynb #5c65acd6
+def base_name(
+    name:str, # Of a table of the benchmark
+)->str: # Of the table that it is set beside: `X` for `X_more` and `X_guides`, which hold further methods; else its own
+    "Further methods are in tables of their own."
+    return re.sub('_(more|guides)$', '', name)
+
 def beside_base(
     tables:dict, # Name → rows from `read_rows`
     name:str, # One of them
-)->pd.DataFrame: # Its rows; those of `X_more`, which holds further methods, with the rows of `X` on the same splits
+)->pd.DataFrame: # Its rows; those of further methods with the rows of the table's base on the same splits
     "The rows that a table of the benchmark is made of."
-    rows, base = tables[name], tables.get(name.removesuffix('_more')) if name.endswith('_more') else None
-    if base is None: return rows
+    rows, base = tables[name], tables.get(base_name(name))
+    if base is None or base is rows: return rows
     def splits(table): return pd.MultiIndex.from_frame(table[['dataset', 'bias', 'seed']])
     return read_rows(base[splits(base).isin(splits(rows))], rows)
 
