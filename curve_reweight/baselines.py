@@ -23,6 +23,7 @@ from torch import nn
 
 from .core import rng
 from .corruption import BiasedData, with_meta
+from .curves import row_means
 from .loop import Memory, Plan, accuracy, predict, probabilities
 from .probe import LossCurves
 from .processes import alike, batch_mean
@@ -270,7 +271,7 @@ def o2u_weights(
     "O2U-Net's choice: 0 for the samples of largest mean loss in the wave. Raises `ValueError` for a probe without a wave."
     wave = torch.from_numpy(curves.lr < curves.lr.max())
     if not wave.any(): raise ValueError('O2U-Net looks at the epochs of the probe in which the rate goes up and down, and there are none')
-    mean = curves.losses[:, wave].mean(1)
+    mean = row_means(curves.losses, wave)
     keep = torch.ones(len(mean))
     keep[mean.argsort(descending=True, stable=True)[:round(drop*len(mean))]] = 0
     return keep

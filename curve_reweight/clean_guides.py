@@ -40,7 +40,8 @@ class MROLS(WeightNet):
         **kwargs, # See `WeightNet`
     ):
         super().__init__(weight_optimizer=weight_optimizer, weight_net_decay=weight_net_decay, **kwargs)
-        self.register_buffer('sequences', (losses - losses.mean())/losses.std().clamp_min(1e-8), persistent=False)
+        mean, sd = _mean_sd(losses)
+        for name, value in dict(losses=losses, mean=mean, sd=sd).items(): self.register_buffer(name, value, persistent=False)
         def convolution(n_in): return nn.Conv1d(n_in, 16, 5, padding=2, bias=False)
         halved = (losses.shape[1] + 1)//2
         self.net = nn.Sequential(convolution(1), nn.ReLU(), convolution(16), nn.MaxPool1d(2, ceil_mode=True), nn.Flatten(),
@@ -52,12 +53,19 @@ class MROLS(WeightNet):
         "Weights of any sequences."
         return self.net(sequences[:, None])[:, 0]
 
-    def forward(self, batch:Batch)->torch.Tensor: return self.normalised(self.weigh(self.sequences[batch.index]))
+    def forward(self, batch:Batch)->torch.Tensor: return self.normalised(self.weigh((self.losses[batch.index] - self.mean)/self.sd))
 
     def make_optimizer(self)->torch.optim.Optimizer:
         "The optimiser of the net's parameters, with momentum where it has any."
         name, lr, decay = self.how
         return make_optimizer(name, list(self.parameters()), lr, momentum=.9, nesterov=True, weight_decay=decay)
+
+def _mean_sd(losses):
+    "Mean and standard deviation of all losses `[1]`, a block of rows at a time"
+    blocks, n = losses.split(4096), losses.numel()
+    mean = sum(b.double().sum() for b in blocks)/n
+    variance = sum((b.double() - mean).square().sum() for b in blocks)/max(n - 1, 1)
+    return mean.float()[None], variance.sqrt().clamp_min(1e-8).float()[None]
 
 # %% ../nbs/11c_clean_guides.ipynb #04161986
 @method('mrols', 'MROLS', learns=True, needs_curves=True, virtual_step='plain')

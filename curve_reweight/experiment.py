@@ -151,11 +151,12 @@ def cached_probe(
     training:Training=Training(), # See `probe`
     cache:str='', # Folder of the cache; empty: none
     checkpoints:Checkpoints|None=None, # See `probe`
+    file:str|Path|None=None, # See `probe`; with a cache, the file is one in it
 )->LossCurves:
     "The probe, from the cache when one of the same content is there."
-    if not cache: return probe(make_model(), samples, plan, training, checkpoints)
+    if not cache: return probe(make_model(), samples, plan, training, checkpoints, file)
     t = training
-    read = [t.optimizer, t.momentum, t.nesterov, t.weight_decay, t.augment, t.precision, t.seed]
+    read = [t.optimizer, t.momentum, t.nesterov, t.weight_decay, t.augment, t.precision, t.seed] + ['float16']*bool(file)
     device = next(iter(make_model().parameters())).device.type
     path = Path(cache)/f'probe-{fingerprint(samples, make_model(), plan, read, device, torch.__version__)}.npz'
     found = from_first(lambda: _kept_probe(path))
@@ -164,7 +165,7 @@ def cached_probe(
     with waiting_lock(path.with_suffix('.lock')) if rank() == 0 else nullcontext():
         found = from_first(lambda: _kept_probe(path)) # another run may have made it meanwhile
         if found: return own_curves(found)
-        curves = probe(make_model(), samples, plan, training, checkpoints)
+        curves = probe(make_model(), samples, plan, training, checkpoints, file and path.with_suffix('.npy'))
         whole = whole_curves(curves)
         if whole: whole.save(path)
     return curves
@@ -190,7 +191,8 @@ def needed_probe(
     if curves is None:
         plan = probe_plan(s.probe_epochs, s.probe_lr, s.batch_size, s.wave_batch_size, s.wave)
         training = replace(setting_training(s), optimizer=s.probe_optimizer)
-        curves = cached_probe(make_model, data.train, plan, training, s.probe_cache, checkpoints)
+        file = Path(s.out_dir or s.probe_cache)/'curves.npy' if s.curves_on_disk else None
+        curves = cached_probe(make_model, data.train, plan, training, s.probe_cache, checkpoints, file)
     else: curves = own_curves(curves)
     if lacking: data = replace(data, meta=data.train.take(low_loss(curves, s.low_loss_per_class)))
     return data, curves
@@ -212,7 +214,7 @@ def run(
         return _run(setting, source, model_fn, curves)
 
 results = ('row.json', 'history.csv', 'suspects.csv', 'suspects.parquet', 'suspects.html', 'predictions.csv', 'predictions.parquet',
-           'curves.npz', 'followed.npz', 'noise_rows.npy', 'model.safetensors', 'model.json', 'model.onnx', 'model.onnx.data') # Files that a run may leave
+           'curves.npz', 'curves.npy', 'followed.npz', 'noise_rows.npy', 'model.safetensors', 'model.json', 'model.onnx', 'model.onnx.data') # Files that a run may leave
 
 def _clear_results(s):
     "Make room for a run where another one's results are, if that was asked for. Raises `FileExistsError` if not"
@@ -379,6 +381,7 @@ def _check_processes(s, device):
     check_batch_size(batch_size=s.batch_size, **({'meta_batch_size': s.meta_batch_size} if s.declared.learns else {}),
                      **({'wave_batch_size': s.wave_batch_size} if may_probe(s) else {}))
     if s.follow_samples: raise ValueError('several processes do not follow samples: leave follow_samples at 0')
+    if s.curves_on_disk: raise ValueError('several processes keep their shares of the curves in memory: leave curves_on_disk out')
     if s.sync_bn and s.compile: raise ValueError('compiled steps cannot wait for other processes: choose sync_bn or compile')
     if device.type == 'cuda' and device.index != int(os.environ.get('LOCAL_RANK', 0)):
         raise ValueError(f'each process needs a GPU of its own, and here are {torch.cuda.device_count()}: start no more processes '

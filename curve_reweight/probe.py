@@ -6,7 +6,8 @@
 __all__ = ['waves', 'probe_plan', 'LossCurves', 'probe', 'whole_curves', 'own_curves']
 
 # %% ../nbs/04_probe.ipynb #df0e0526
-import os
+import os, shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,27 +45,41 @@ def probe_plan(
 @dataclass(frozen=True)
 class LossCurves:
     "The training loss of every sample in every epoch of the probe."
-    losses: torch.Tensor # `[N, T]`, float32, on the CPU; in one of several processes the rows of the samples that it owns
+    losses: torch.Tensor # `[N, T]` on the CPU, float32, or float16 of a file; in one of several processes the rows that it owns
     labels: torch.Tensor # Observed labels `[N]`, int64
     lr: np.ndarray # Learning rate of each epoch `[T]`
+    file: Path|None = None # `.npy` file that the losses are mapped from, read by rows; None: they are in memory
 
     def save(self, path):
-        "Write an `.npz` file, whole or not at all."
-        path, part = Path(path), Path(path).with_name(f'.{Path(path).name}.{os.getpid()}.part')
-        try:
-            with open(part, 'wb') as f:
-                np.savez(f, losses=self.losses.numpy(), labels=self.labels.numpy(), lr=self.lr)
-                f.flush(); os.fsync(f.fileno())
-            os.replace(part, path)
-        finally: part.unlink(missing_ok=True)
+        "Write an `.npz` file, whole or not at all; losses of a file stay in one, `.npy`, beside it."
+        losses, beside = {} if self.file else {'losses': self.losses.numpy()}, Path(path).with_suffix('.npy')
+        if self.file and self.file.resolve() != beside.resolve():
+            with _whole_file(beside) as f, open(self.file, 'rb') as source: shutil.copyfileobj(source, f)
+        with _whole_file(path) as f: np.savez(f, **losses, labels=self.labels.numpy(), lr=self.lr)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote; runs no code from the file. Raises `ValueError` when it is damaged."
         try:
-            with np.load(path, allow_pickle=False) as f: return cls(torch.from_numpy(f['losses']), torch.from_numpy(f['labels']), f['lr'])
+            with np.load(path, allow_pickle=False) as f:
+                file = None if 'losses' in f else Path(path).with_suffix('.npy')
+                return cls(_mapped(file) if file else torch.from_numpy(f['losses']), torch.from_numpy(f['labels']), f['lr'], file)
         except OSError: raise
         except Exception as e: raise ValueError(f'{path} is damaged: it holds no loss curves') from e # zip files raise anything
+
+# %% ../nbs/04_probe.ipynb #e6cf084d
+@contextmanager
+def _whole_file(path):
+    "A file to write to that takes its place when all is written"
+    part = Path(path).with_name(f'.{Path(path).name}.{os.getpid()}.part')
+    try:
+        with open(part, 'wb') as f:
+            yield f
+            f.flush(); os.fsync(f.fileno())
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+
+def _mapped(path): return torch.from_numpy(np.load(path, mmap_mode='c', allow_pickle=False))
 
 # %% ../nbs/04_probe.ipynb #d8a4db0a
 def probe(
@@ -73,13 +88,15 @@ def probe(
     plan:Plan, # See `probe_plan`
     training:Training=Training(), # Read for the optimiser, augmentation, precision and seed
     checkpoints:Checkpoints|None=None, # To save to, and to go on from
+    file:str|Path|None=None, # `.npy` file for the curves, float16, of which memory holds one epoch; None: they are all in memory
 )->LossCurves:
     "The probing stage of CurveNet: plain training that records `loss_curves [N, T]`. Raises `FloatingPointError` when the loss runs away."
     N, T, c = len(samples.y), len(plan.lr), checkpoints or Checkpoints()
     optimizer = replace(training, lr=float(plan.lr.max())).optimizer_of(model)
     forward = compile_function(model) if training.precision.compiled else model
     now = Memory(samples.y.device, losses=torch.zeros(N, device=samples.y.device)) # of this epoch
-    curves, past = torch.full((len(own_rows(samples.y)), T), torch.nan), Path(c.folder)/'probe_losses.f32'
+    curves = None if file else torch.full((len(own_rows(samples.y)), T), torch.nan)
+    past = Path(c.folder)/'probe_losses.f32' if c.folder else file and Path(file).with_suffix('.f32')
 
     def learn(x, y):
         with training.precision.autocast(y.device): losses = F.cross_entropy(forward(x).float(), y, reduction='none')
@@ -97,18 +114,22 @@ def probe(
 
     def begin(epoch, _):
         learn.start_epoch()
-        for e in range(epoch):
+        for e in range(0 if file else epoch):
             if curves[0, e].isnan(): curves[:, e] = own_rows(from_first(lambda: _read_row(past, e, N))) # the run was stopped and goes on
 
     def end(epoch):
-        curves[:, epoch] = own_rows(now['losses'].cpu())
-        row = whole_rows(curves[:, epoch], N) if c.folder else None
-        if c.folder and rank() == 0: _write_row(past, epoch, row)
+        own = own_rows(now['losses'].cpu())
+        if not file: curves[:, epoch] = own
+        row = whole_rows(own, N) if past else None
+        if past and rank() == 0: _write_row(past, epoch, row)
         return {}
 
     learned = {'model': model, 'optimizer': optimizer, 'now': now}
     run_epochs(step, learned, samples, plan, replace(training, frozen_bn=False), begin=begin, end=end, purpose='probe', checkpoints=c)
-    return LossCurves(curves, samples.y.cpu(), plan.lr)
+    if not file: return LossCurves(curves, samples.y.cpu(), plan.lr)
+    _by_sample(past, file, N, T)
+    if not c.folder: past.unlink()
+    return LossCurves(_mapped(file), samples.y.cpu(), plan.lr, Path(file))
 
 # %% ../nbs/04_probe.ipynb #c2d18921
 def _write_row(path, epoch, losses):
@@ -121,6 +142,15 @@ def _read_row(path, epoch, n):
     if not path.exists() or path.stat().st_size < 4*n*(epoch + 1):
         raise ValueError(f'{path} is missing or damaged, and the run cannot go on without it: remove the folder, and it starts again')
     return torch.from_numpy(np.fromfile(path, np.float32, n, offset=4*n*epoch))
+
+def _by_sample(past, file, n, epochs, block=1 << 16):
+    "The losses of all epochs as an array of curves, a block of samples at a time; what is above 65,504, the largest number, is cut"
+    _read_row(past, epochs - 1, n) # all are there
+    with _whole_file(file) as f:
+        np.lib.format.write_array_header_1_0(f, {'descr': '<f2', 'fortran_order': False, 'shape': (n, epochs)})
+        for i in range(0, n, block):
+            of_block = [np.fromfile(past, np.float32, min(block, n - i), offset=4*(n*e + i)) for e in range(epochs)]
+            f.write(np.stack(of_block, 1).clip(max=np.finfo(np.float16).max).astype('<f2').tobytes())
 
 # %% ../nbs/04_probe.ipynb #9cdbe0d1
 def whole_curves(

@@ -75,6 +75,7 @@ class ProbeSetting:
     wave:str = 'square' # Learning rate of the probe after its first part
     wave_batch_size:int = 16 # Train samples a step in the probe's wave
     low_loss_per_class:int = 10 # Low-loss samples per class, where there is no clean set
+    curves_on_disk:bool = False # Loss curves in a file, as float16, instead of in memory: for millions of samples
 
 # %% ../nbs/13a_setting.ipynb #f6e041b9
 @dataclass(frozen=True)
@@ -293,6 +294,7 @@ def _check_setting(s):
     for name, packages in ('tensorboard', ['tensorboard']), ('onnx', ['onnx', 'onnxscript']):
         if getattr(s, name) and not (s.out_dir and all(map(importlib.util.find_spec, packages))):
             raise ValueError(f"{name} needs an out_dir, and the packages: pip install 'curve_reweight[{name}]'")
+    if s.curves_on_disk and not (s.out_dir or s.probe_cache): raise ValueError('curves_on_disk needs an out_dir or a probe_cache')
     _check_meta_options(s)
 
 def _check_optimizer(optimizer, lr, s):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .core import atomic_write
 from .corruption import BiasedData
-from .curves import normalise_curves
+from .curves import RelativeCurves, row_means
 from .data import ImageFiles, ImageTensor, read_image
 from .probe import LossCurves
 
@@ -49,7 +49,7 @@ def rank_labels(
     the classifier takes it for, the probabilities of the two, learned weight, mean of the relative loss curve (CurveNet, Eqs. 7–8)."""
     table = judge_labels(data.train.y, chances, data.classes, data.index_train, data.names)
     if weights is not None: table['weight'] = torch.as_tensor(weights).cpu().numpy()
-    if curves is not None: table['curve'] = normalise_curves(curves).mean(1)[:len(table)].numpy()
+    if curves is not None: table['curve'] = row_means(RelativeCurves(curves))[:len(table)].numpy()
     return table.sort_values('p_label', kind='stable', ignore_index=True)
 
 # %% ../nbs/12a_suspects.ipynb #504e252e
