@@ -1,4 +1,5 @@
 "Steps that a GPU would replay, on the CPU: a stand-in notes every operation, and does the same ones again on the same memory."
+import collections
 import json
 
 import pytest
@@ -75,3 +76,39 @@ def test_replayed_steps_are_the_same(case, monkeypatch):
     assert replayed[:2] == plain[:2]
     assert all(torch.equal(a, b) for a, b in zip(plain[2], replayed[2]))
     assert plain[3] is None or torch.equal(plain[3], replayed[3])
+
+
+class Waits(TorchDispatchMode):
+    "Counts operations for which the CPU would wait for a GPU: those whose outcome, or its size, Python has to know"
+    names = {'aten::_local_scalar_dense', 'aten::nonzero', 'aten::masked_select', 'aten::equal', 'aten::unique_consecutive', 'aten::_unique2'}
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        by_mask = name in ('aten::index', 'aten::index_put_') and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.names or by_mask: self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def waits(monkeypatch, case, batch_size):
+    "How often an epoch waits: the operations, and tensors fetched to the CPU or to Python"
+    with monkeypatch.context() as m, Waits() as counted:
+        def fetching(name):
+            fetch = getattr(torch.Tensor, name)
+            def noted(self, *args, **kwargs):
+                counted.found[name] += 1
+                return fetch(self, *args, **kwargs)
+            m.setattr(torch.Tensor, name, noted)
+        for name in 'cpu', 'tolist', 'numpy': fetching(name)
+        short = dict(dataset='digits', model='small_cnn', epochs=2, probe_epochs=2, batch_size=batch_size, wave_batch_size=batch_size)
+        run(Setting(method=case.split()[0], **short, **cases[case]))
+    return counted.found
+
+
+@pytest.mark.parametrize('case', ['l2rw', 'curvenet_gdw', 'mwnet online', 'insw', *(pytest.param(c, marks=pytest.mark.slow) for c in ('ce', 'gdw', 'curvenet'))])
+def test_no_step_waits_for_the_gpu(case, monkeypatch):
+    few, many = waits(monkeypatch, case, 64), waits(monkeypatch, case, 32)
+    assert few['aten::_local_scalar_dense'] > 2 and few == many  # what waits does so once an epoch or once a run
