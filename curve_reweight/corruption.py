@@ -397,6 +397,7 @@ class BiasedData:
     val: Samples|None=None # Clean, to choose settings and epochs by, where the data set has such a part
     noise_rows: np.ndarray|None=None # Probabilities `[N, C]` that each label was drawn from; None: row `matrix[true label]`
     test_names: np.ndarray|None=None # What each test sample is called `[n]`
+    broken: tuple=() # What is wrong with each image that was left out
     reader: object=None # Brings later inputs into the form of these; None: `data.reader_of` the train samples
 
     @property
@@ -560,7 +561,7 @@ def biased_from_real(
     known = real.true_labels is not None
     return replace(made, true_labels=real.true_labels[stay] if known else made.train.y, truth_known=known, index_train=stay,
                    index_meta=index_meta, name=real.name, names=None if real.names is None else real.names[stay],
-                   test_names=real.test_names, reader=real.reader)
+                   test_names=real.test_names, broken=real.broken, reader=real.reader)
 
 def _meta_of(real, meta_per_class, seed):
     "Meta set or None, its positions (behind the train set's end where it comes from elsewhere), and the positions that stay to train on"

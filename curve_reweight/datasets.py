@@ -42,6 +42,7 @@ class RealData:
     names: np.ndarray|None=None # What each train sample is called `[n]`, such as its file
     verified: Samples|None=None # A large verified part, none of it in `train`, to draw a meta set from
     test_names: np.ndarray|None=None # What each test sample is called `[n]`
+    broken: tuple=() # What is wrong with each image that was left out
     reader: object=None # Brings later inputs into the form of these; None: `data.reader_of` the train samples
 
     @property
@@ -185,13 +186,14 @@ def without_broken(
     skip:bool, # Whether to leave broken images out; otherwise nothing is done
     paths, # Image files `[n]`
     *columns, # What belongs to them `[n]`
-)->tuple: # All of these for the images that can be read
-    "Leave broken images out, with a warning that names them."
+)->tuple: # What is wrong with each broken image, a tuple, and the others' paths and columns
+    "Leave broken images out, with a warning that names the first twenty."
     bad = broken_images(paths) if skip else {}
-    if not bad: return paths, *columns
-    warnings.warn(f'{len(bad)} of {len(paths)} images are left out: {"; ".join(bad.values())}')
+    if not bad: return (), paths, *columns
+    problems = tuple(bad.values())
+    warnings.warn(f'{len(bad)} of {len(paths)} images are left out: {"; ".join(problems[:20])}{"; …" if len(bad) > 20 else ""}')
     good = np.setdiff1d(np.arange(len(paths)), list(bad))
-    return [paths[i] for i in good], *(c[good] for c in columns)
+    return problems, [paths[i] for i in good], *(c[good] for c in columns)
 
 # %% ../nbs/01a_datasets.ipynb #e6dcaa1e
 cifar10_classes = 'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'
@@ -435,9 +437,9 @@ def image_folder(
 )->RealData:
     "Images in one folder per class, with labels as they are. Raises what `list_folder` and `read_parts` raise."
     paths, y, part, classes = list_folder(root)
-    paths, y, part = without_broken(skip_broken, paths, y, part)
+    broken, paths, y, part = without_broken(skip_broken, paths, y, part)
     read = read_parts('image_folder', paths, y, part, len(classes), size=image_size, crop=crop)
-    return RealData(**read, classes=classes, name='image_folder', **_names_of(paths, part))
+    return RealData(**read, classes=classes, name='image_folder', broken=broken, **_names_of(paths, part))
 
 def _names_of(paths, part): return {name: np.asarray(paths)[part == p] for name, p in (('names', 'train'), ('test_names', 'test'))}
 
@@ -450,7 +452,7 @@ def clean_folder(
 )->Source:
     "Images in one folder per class, whose labels are right. Raises what `list_folder` and `read_parts` raise."
     paths, y, part, classes = list_folder(root)
-    paths, y, part = without_broken(skip_broken, paths, y, part)
+    _, paths, y, part = without_broken(skip_broken, paths, y, part)
     read = read_parts('clean_folder', paths, y, part, len(classes), size=image_size, crop=crop)
     if read['test'] is None:
         raise FileNotFoundError(f'{Path(root)/"test"} is missing or empty: labels that are right are made noisy to compare methods, '
@@ -557,7 +559,7 @@ def csv_manifest(
     def where(i): return f'{path.name} row {table.index[i]}: {table.path.iloc[i]}'
     if image_root and not Path(image_root).is_dir(): raise FileNotFoundError(f'there is no folder {str(image_root)!r}')
     paths, rows = locate(image_root or path.parent, table.path.tolist(), where), np.arange(len(table))
-    paths, rows = without_broken(skip_broken, paths, rows)
+    broken, paths, rows = without_broken(skip_broken, paths, rows)
     table = table.iloc[rows]
     label = table.label.to_numpy()
     given = table.true_label.to_numpy() if 'true_label' in table else np.full(len(table), '')
@@ -568,7 +570,7 @@ def csv_manifest(
     y = class_index(np.where(train, label, true), classes, where)
     read = read_parts('csv', paths, y, part, len(classes), table.index, image_size, crop)
     true_labels = torch.from_numpy(class_index(true, classes, where)[train]) if known else None
-    return RealData(**read, classes=classes, true_labels=true_labels, name='csv', **_names_of(paths, part))
+    return RealData(**read, classes=classes, true_labels=true_labels, name='csv', broken=broken, **_names_of(paths, part))
 
 def _check_rows(part, given, where):
     "Which rows are trained on `[n]`, and whether these have true labels"

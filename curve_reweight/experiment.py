@@ -205,8 +205,8 @@ def run(
     curves:LossCurves|None=None, # A probe of the same data made before, to be used again
 )->Run:
     """Run a setting: bias, probe where the method needs it, train, evaluate; with an `out_dir`, write the classifier, `row.json`,
-    `history.csv`, `suspects.csv`, `predictions.csv`, `curves.npz` and `followed.npz` there, go on from a checkpoint where there is one,
-    and keep other runs out. Raises `ValueError` or `OSError` with one sentence before work starts."""
+    `history.csv`, `suspects.csv`, `predictions.csv`, `curves.npz`, `followed.npz` and `broken.txt` there, go on from a checkpoint
+    where there is one, and keep other runs out. Raises `ValueError` or `OSError` with one sentence before work starts."""
     writes = setting.out_dir and rank() == 0
     if writes: make_out_dir(setting.out_dir)
     with lock(setting.out_dir) if writes else nullcontext():
@@ -214,7 +214,8 @@ def run(
         return _run(setting, source, model_fn, curves)
 
 results = ('row.json', 'history.csv', 'suspects.csv', 'suspects.parquet', 'suspects.html', 'predictions.csv', 'predictions.parquet',
-           'curves.npz', 'curves.npy', 'followed.npz', 'noise_rows.npy', 'model.safetensors', 'model.json', 'model.onnx', 'model.onnx.data') # Files that a run may leave
+           'curves.npz', 'curves.npy', 'followed.npz', 'noise_rows.npy', 'broken.txt', 'model.safetensors', 'model.json', 'model.onnx',
+           'model.onnx.data') # Files that a run may leave
 
 def _clear_results(s):
     "Make room for a run where another one's results are, if that was asked for. Raises `FileExistsError` if not"
@@ -429,6 +430,7 @@ def write_run(
     if done.data.test is not None: _write_table(out/'predictions.csv', test_predictions(done))
     if done.curves is not None: done.curves.save(out/'curves.npz')
     if done.followed is not None: done.followed.save(out/'followed.npz')
+    if done.data.broken: atomic_write(out/'broken.txt', '\n'.join(done.data.broken) + '\n')
     if done.data.noise_rows is not None:
         buffer = BytesIO(); np.save(buffer, done.data.noise_rows)
         atomic_write(out/'noise_rows.npy', buffer.getvalue())

@@ -242,6 +242,9 @@ def test_folders_that_cannot_be_right(tmp_path):
     (broken/'train/cat/0.png').write_bytes(b'no image')
     refused('1 of 12 images are bad', lambda: image_folder(broken))
     with pytest.warns(UserWarning, match='1 of 12 images are left out'): assert len(image_folder(broken, skip_broken=True).train.y) == 5
+    with pytest.warns(UserWarning, match='1 of 12'):
+        run(Setting(dataset='image_folder', data_root=str(broken), skip_broken=True, method='ce', epochs=1, out_dir=str(tmp_path/'run')))
+    assert (tmp_path/'run/broken.txt').read_text().count('cat/0.png cannot be read') == 1
     refused('is missing', lambda: image_folder(tmp_path/'nowhere'))
     one = str(album(tmp_path/'one', classes=('cat',)))
     refused('one class only', lambda: run(Setting(dataset='image_folder', data_root=one, method='ce', epochs=1)))
