@@ -107,7 +107,7 @@ class MethodSetting:
 @dataclass(frozen=True)
 class MachineSetting:
     "Where and how it is computed."
-    precision:str = 'float32' # Forward passes in float32 or, where torch holds it safe, bf16
+    precision:str = 'float32' # Forward passes in float32 (a GPU's convolutions in TF32, as torch has it) or, where it is safe, bf16
     channels_last:bool = False # Images with channels last in memory
     compile:bool = False # Steps through torch.compile
     cuda_graphs:bool = True # On a GPU: steps recorded once an epoch and replayed, where the method allows it
