@@ -12,6 +12,7 @@ import pytest
 from curve_reweight.experiment import run
 from curve_reweight.grid import run_grid
 from curve_reweight.setting import Setting, parameters_cell
+from curve_reweight.weighting import methods
 
 small = dict(method='curvenet_gdw', epochs=4, probe_epochs=10)
 
@@ -127,3 +128,12 @@ def test_papermill_command_writes_its_files(root, tmp_path):
                   '-p', 'probe_epochs', '6', '-p', 'method', 'mwnet', '-p', 'out_dir', str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {'row.json', 'history.csv', 'suspects.csv', 'comparison.csv'} <= {p.name for p in tmp_path.iterdir()}
+
+
+short = {'mlnt': dict(synthetic_batches=1, rounds=1), 'cleannet': dict(clean_net_steps=10, rounds=1), 'd2l': dict(lid_window=1, lid_start=1)}
+@pytest.mark.slow
+@pytest.mark.parametrize('method', [key for key in methods if key not in ('ceiling', 'oracle')])
+def test_every_method_trains_a_resnet(method):
+    few = dict(dataset='digits', model='resnet20', imbalance_ratio=20, epochs=4, probe_epochs=4, batch_size=64, wave_batch_size=64)
+    row = run(Setting(method=method, meta_per_class=5, **few, **short.get(method, {}))).row
+    assert 5 < row['test_acc_best'] <= 100
