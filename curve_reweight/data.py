@@ -111,7 +111,8 @@ def normalise(
 )->torch.Tensor: # `[n, C, H, W]`, float32
     "Bytes to normalised floats, on the device of the bytes."
     scale, shift = scale_shift(mean, sd, pixels.device)
-    return torch.addcmul(shift, pixels.float(), scale)
+    x = pixels.to(torch.float32, copy=True)
+    return torch.addcmul(shift, x, scale, out=x) # one large tensor less
 
 def check_norm(
     mean, # Of each channel `[C]`
