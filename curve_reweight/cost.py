@@ -25,7 +25,7 @@ def run_seconds(
     source=None, # Own data, see `experiment.run`
 )->float: # Probe and training
     "How long a run takes without loading its data."
-    row = run(replace(setting, out_dir='', probe_cache=''), source).row
+    row = run(replace(setting, out_dir='', probe_cache='', curves_on_disk=False), source).row
     return row['seconds_probe'] + row['seconds_train']
 
 def cost_ratios(

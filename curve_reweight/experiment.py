@@ -8,7 +8,7 @@ __all__ = ['results', 'setting_source', 'loaded_source', 'setting_data', 'settin
            'write_contact_sheet', 'probabilities_by_folds', 'main', 'said_of']
 
 # %% ../nbs/14_experiment.ipynb #ea781d2b
-import hashlib, importlib.util, json, os, sys, time, warnings
+import hashlib, importlib.util, json, os, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -487,11 +487,13 @@ def probabilities_by_folds(
     model_fn=None, # Own classifier, see `run`
 )->torch.Tensor: # `[N, C]`
     "Probabilities of the classes of each train sample by a classifier trained on the parts that it is not in."
-    alone = replace(setting, judge_folds=0, follow_samples=0, out_dir='', onnx=False, tensorboard=False)
     chances = torch.empty(len(data.train.y), data.n_classes)
     parts = StratifiedKFold(setting.judge_folds, shuffle=True, random_state=setting.seed % 2**32).split(data.train.y, data.train.y.cpu())
     for rest, part in progress(list(parts), 'judging labels'):
-        chances[part] = _chances(run(alone, data.take(rest), model_fn), data.train.take(torch.as_tensor(part)))
+        kept = tempfile.TemporaryDirectory(dir=setting.out_dir or None) if setting.curves_on_disk else nullcontext(setting.probe_cache)
+        with kept as cache:
+            alone = replace(setting, judge_folds=0, follow_samples=0, out_dir='', probe_cache=cache, onnx=False, tensorboard=False)
+            chances[part] = _chances(run(alone, data.take(rest), model_fn), data.train.take(torch.as_tensor(part)))
     return chances
 
 # %% ../nbs/14_experiment.ipynb #cde7c1db

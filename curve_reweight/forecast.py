@@ -212,7 +212,8 @@ class Forecast:
         setting:Setting, # A run
     )->tuple: # Seconds of the probe and of the training
         "Raises `ValueError`, `OSError`, or what else the method raises when its steps cannot be taken."
-        s = replace(setting, out_dir='', compile=False, onnx=False, tensorboard=False, device=self.device or setting.device)
+        s = replace(setting, out_dir='', curves_on_disk=False, compile=False, onnx=False, tensorboard=False,
+                    device=self.device or setting.device)
         few, look, stages = self._few(s), self._look(s), self._stages(s)
         train = sum(g.steps(few)*(g.learning*g.step + (1 - g.learning)*self._plain(s, g.batch)) for g in stages)
         return self._probe(s, few), float(train + s.epochs*few.test*look)

@@ -76,6 +76,7 @@ wrong_settings = {
     'low_loss_per_class': dict(method='mwnet', meta_per_class=0, low_loss_per_class=10**5), 'unknown parameter': dict(nois_rate=.4),
     'does not read clip': dict(clip=.1), 'wanted float': dict(lr='0.1'), 'wanted int': dict(epochs=1.5),
     'does not read image_size': dict(image_size=32), 'does not read skip_broken': dict(skip_broken=True),
+    'needs an out_dir or a probe_cache': dict(curves_on_disk=True),
     'must be from 1 to': dict(low_loss_per_class=0), 'at least 2 samples': dict(batch_size=1),
     'val_per_class is -1': dict(val_per_class=-1), 'fewer than meta_per_class': dict(meta_per_class=10**6),
     'unknown crop': dict(crop='corner'), 'unknown model': dict(model='resnet33'), 'cannot be used here': dict(device='cuda:99'),

@@ -2,6 +2,8 @@
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 
 script = '''
@@ -35,10 +37,10 @@ with open(folder/'curves.f32', 'wb') as f: # as a probe writes them, epoch by ep
     for t in range(T): f.write((rng.random(N, np.float32) + noisy.numpy()).tobytes())
 _by_sample(folder/'curves.f32', folder/'curves.npy', N, T)
 long = LossCurves(_mapped(folder/'curves.npy'), y, np.full(T, .1), folder/'curves.npy')
-done = run(Setting(**big, probe_epochs=T, out_dir=str(folder/'run')), data, curves=long)
+run(Setting(**big, probe_epochs=T, out_dir=str(folder/'run')), data, curves=long)
 again = LossCurves.load(folder/'run'/'curves.npz')
 assert torch.equal(again.losses[::9999], long.losses[::9999])
-print(done.row['noise_auc'], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/2**20)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/2**20)
 '''
 
 
@@ -46,7 +48,10 @@ print(done.row['noise_auc'], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def test_a_million_samples_take_less_than_two_gigabytes(tmp_path):
     done = subprocess.run([sys.executable, '-c', script, str(tmp_path), '1000000'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    auc, gigabytes = map(float, done.stdout.split())
+    gigabytes = float(done.stdout)
     print(f'{gigabytes:.2f} GB')
-    assert auc > .8  # after a single epoch: the curves were read
     assert gigabytes < 2
+    losses, table = np.load(tmp_path/'run/curves.npy', mmap_mode='r'), pd.read_csv(tmp_path/'run/suspects.csv')
+    means = np.concatenate([losses[i:i + 2**16, 5:].mean(1, np.float64) for i in range(0, len(losses), 2**16)])[table['index']]
+    relative = means - table.label.map(pd.Series(means).groupby(table.label).mean())
+    assert np.abs(relative - table.curve).max() < 1e-4  # by NumPy, from the file

@@ -111,4 +111,4 @@ def waits(monkeypatch, case, batch_size):
 @pytest.mark.parametrize('case', ['l2rw', 'curvenet_gdw', 'mwnet online', 'insw', *(pytest.param(c, marks=pytest.mark.slow) for c in ('ce', 'gdw', 'curvenet'))])
 def test_no_step_waits_for_the_gpu(case, monkeypatch):
     few, many = waits(monkeypatch, case, 64), waits(monkeypatch, case, 32)
-    assert few['aten::_local_scalar_dense'] > 2 and few == many  # what waits does so once an epoch or once a run
+    assert few and few == many  # what waits does so once an epoch or once a run
