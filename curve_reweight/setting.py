@@ -18,6 +18,7 @@ import torch
 from fastcore.docments import docments
 
 import curve_reweight.baselines, curve_reweight.clean_guides, curve_reweight.gdw, curve_reweight.loss_correction # the table of methods
+import curve_reweight.posterior_labels
 import curve_reweight.meta_baselines, curve_reweight.slmo
 from .corruption import imbalance_orders, imbalance_profiles, noise_kinds
 from .curves import dropped_epochs
