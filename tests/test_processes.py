@@ -247,7 +247,8 @@ def test_steps_of_several_processes_are_not_recorded(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['ce', 'glc', 'fine_tuning', 'posterior_labels', 'meta_only', 'oracle', 'ldam_drw', 'ceiling', 'insw', 'soft_label'])
+@pytest.mark.parametrize('method', ['ce', 'glc', 'fine_tuning', 'posterior_labels', 'meta_only', 'oracle', 'ldam_drw', 'ceiling', 'insw',
+                                    'soft_label'])
 def test_other_methods_and_more_processes_in_the_middle(method, tmp_path):
     "One process begins, two go on"
     out = tmp_path/'out'

@@ -49,7 +49,8 @@ class OnTheCPU:
 
 weight_net = dict(weight_optimizer='sgd', weight_lr=.1)  # Adam counts its steps on a GPU, or asks the CPU for their number
 cases = {
-    'ce': {}, 'focal': {}, 'class_balanced': {}, 'reed_hard': {}, 'ldam_drw': {}, 'o2u': {}, 'glc': {}, 'meta_only': {}, 'fine_tuning': {}, 'posterior_labels': {},
+    'ce': {}, 'focal': {}, 'class_balanced': {}, 'reed_hard': {}, 'ldam_drw': {}, 'o2u': {}, 'glc': {}, 'meta_only': {}, 'fine_tuning': {},
+    'posterior_labels': {},
     'l2rw': {}, 'insw': {}, 'mwnet': weight_net, 'cmwnet': weight_net, 'curvenet': weight_net, 'gdw': weight_net, 'curvenet_gdw': weight_net,
     'mwnet online': {**weight_net, 'online': True, 'meta_every': 2}, 'curvenet skip': {**weight_net, 'skip_layers': 1},
     'gdw differences': {**weight_net, 'engine': 'finite_difference'}, 'ce drw': {'drw': True},
