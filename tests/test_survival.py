@@ -136,7 +136,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize('method, words', [
-    ('mentornet', []), ('cleannet', ['--clean_net_steps', '20']), ('distill', []), ('posterior_labels', []), ('mlnt', ['--synthetic_batches', '1', '--rounds', '2'])])
+    ('mentornet', []), ('cleannet', ['--clean_net_steps', '20']), ('distill', []), ('posterior_labels', []),
+    ('mlnt', ['--synthetic_batches', '1', '--rounds', '2'])])
 def test_killed_in_the_last_of_several_trainings(method, words, tmp_path):
     words = ['--dataset', 'digits', '--model', 'small_cnn', '--method', method, '--epochs', '3', '--batch_size', '64',
              '--checkpoint_seconds', '0', *words]
