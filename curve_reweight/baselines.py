@@ -313,9 +313,13 @@ def ceiling(task,
 def check_clean(
     data:BiasedData, # The data
     method:str, # Name for the error
+    every_class:bool=False, # Are there to be some of each class?
 ):
-    "Raises `ValueError` when there are no clean samples."
+    "Raises `ValueError` when there are no clean samples, or none of a class."
     if not len(data.meta.y): raise ValueError(f'{method} learns from clean samples, but the meta set is empty')
+    counts = torch.bincount(data.meta.y.cpu(), minlength=data.n_classes)
+    if every_class and not counts.all():
+        raise ValueError(f'{method} needs clean samples of every class, and there are none of class {int(counts.argmin())}')
 
 def meta_as_train(
     data:BiasedData, # Biased data
@@ -403,9 +407,8 @@ class LossCorrection(Relabelling):
 def glc(task):
     """Gold loss correction (Hendrycks et al., NeurIPS 2018), two trainings; the history is the second's, the weights are the belief in each
     label. Raises `ValueError` when a class has no clean sample."""
-    check_clean(task.data, 'GLC')
+    check_clean(task.data, 'GLC', every_class=True)
     N, clean = len(task.data.train.y), task.data.meta
-    corruption_matrix(F.one_hot(clean.y, task.data.n_classes).float(), clean.y) # refuses a class without clean samples before work starts
     noisy, both = without_meta(task.data), with_meta(task.data)
     first = task.train(data=noisy, stage='train_first', log=False).model
     matrix = corruption_matrix(probabilities(first, clean, precision=task.training.precision), clean.y)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spread', 'held_out_predictions', 'noise_counts', 'believed_labels', 'information', 'sample_weights', 'LabelMass',
-           'posterior_labels']
+           'train_on_beliefs', 'judged_labels', 'posterior_labels']
 
 # %% ../nbs/11d_posterior_labels.ipynb #7d06547b
 import math
@@ -21,6 +21,7 @@ from .corruption import with_meta
 from .loop import probabilities
 from .meta_baselines import SoftLabel
 from .processes import alike
+from .train import TrainResult
 from .weighting import method
 
 # %% ../nbs/11d_posterior_labels.ipynb #1bf8422f
@@ -40,25 +41,24 @@ def spread(
 # %% ../nbs/11d_posterior_labels.ipynb #3a1ca7a2
 def held_out_predictions(
     task, # Its data, and how to train
+    learn, # Function of a task and of its noisy samples' positions in the train set, that gives a classifier; the clean are behind them
     folds:int=2, # Parts
-    fine_epochs:int=10, # See `fine_tuning`
-    fine_lr:float=None, # See `fine_tuning`
+    name:str='part', # Of the checkpoints
 )->torch.Tensor: # `[N, C]`, for the train samples that are not from the clean set
-    "Predictions for each train sample by a classifier trained on the other parts and fine-tuned on the clean samples."
+    "Predictions for each train sample by a classifier that has learnt from the other parts and the clean samples."
     noisy = without_meta(task.data)
-    part = spread(noisy.train.y, folds, task.training.seed)
-    found = torch.empty(len(part), noisy.n_classes, device=noisy.train.y.device)
+    device, part = noisy.train.y.device, spread(noisy.train.y, folds, task.training.seed)
+    found = torch.empty(len(part), noisy.n_classes, device=device)
     for k in range(folds):
-        rest = replace(with_meta(noisy.take(part != k)), test=None, val=None)
-        alone = replace(task, data=rest, log=None, after_epoch=None, checkpoints=_of_part(task.checkpoints, k))
-        model = fine_tuning(alone, fine_epochs, fine_lr).model
-        here = torch.where(part == k)[0].to(found.device)
+        rest, here = (torch.where(chosen)[0].to(device) for chosen in (part != k, part == k))
+        data = replace(with_meta(noisy.take(rest)), test=None, val=None)
+        model = learn(replace(task, data=data, log=None, after_epoch=None, checkpoints=_of_part(task.checkpoints, f'{name}{k}')), rest)
         found[here] = probabilities(model, noisy.train.take(here), precision=task.training.precision)
     return found
 
-def _of_part(checkpoints, k):
+def _of_part(checkpoints, name):
     "Checkpoints of the stages of a part"
-    return checkpoints and (lambda stage: checkpoints(f'train_part{k}_{stage}'))
+    return checkpoints and (lambda stage: checkpoints(f'train_{name}_{stage}'))
 
 # %% ../nbs/11d_posterior_labels.ipynb #9a238579
 def noise_counts(
@@ -107,22 +107,62 @@ class LabelMass(FixedLabels):
     "Given label masses `[N, C]`: labels times the sample's weight."
     virtual_gradient = SoftLabel.virtual_gradient
 
+def train_on_beliefs(
+    task, # Its train set ends with the clean samples
+    q:torch.Tensor, # Believed labels of the others `[N, C]`
+    certainty:float=4., # γ
+)->TrainResult:
+    "Train on believed labels and clean samples."
+    known = F.one_hot(task.data.train.y[len(q):], task.data.n_classes).to(q.dtype)
+    q = torch.cat([q, known])
+    return task.train(LabelMass(sample_weights(q, certainty)[:, None]*q))
+
+# %% ../nbs/11d_posterior_labels.ipynb #7d5088fd
+def judged_labels(
+    task, # Its data, and how to train
+    rounds:int=3, # R, see `posterior_labels`
+    judge_share:float=.5, # See there
+    folds:int=2, # See there
+    certainty:float=4., # See there
+    fine_epochs:int=10, # See there
+    fine_lr:float=None, # See there
+)->torch.Tensor: # q `[N, C]`, for the train samples that are not from the clean set
+    "Believed labels by several rounds of judges."
+    epochs = max(1, round(judge_share*task.training.epochs))
+    y, opinions, q = without_meta(task.data).train.y, 0., None
+    for r in range(rounds):
+        this = replace(task, training=replace(task.training, epochs=epochs, seed=task.training.seed + r), make_model=_another(task.make_model, r))
+        def learn(alone, rest):
+            if q is None: return fine_tuning(alone, fine_epochs, fine_lr).model
+            return train_on_beliefs(alone, q[rest], certainty).model
+        opinions = opinions + held_out_predictions(this, learn, folds, f'round{r}_part').clamp_min(1e-6).log()
+        q = believed_labels((opinions/(r + 1)).softmax(1), y)
+        alike([q])
+    return q
+
+def _another(make_model, r):
+    "A maker of other classifiers for each round"
+    return lambda which=0: make_model(which + r)
+
+# %% ../nbs/11d_posterior_labels.ipynb #45eba9a5
 @method('posterior_labels', 'posterior labels', needs_clean=True, parallel=True)
 def posterior_labels(task,
+    judge_rounds:int=3, # Posterior labels: rounds in which the train set is judged
+    judge_share:float=.5, # Posterior labels: share of the epochs for which judges are trained
     folds:int=2, # Posterior labels: parts of the train set, each judged by a classifier trained on the others
     certainty:float=4., # Posterior labels: power of the information in a sample's belief, γ
     fine_epochs:int=10, # Epochs on the clean samples
     fine_lr:float=None, # Highest learning rate there; None: a tenth of the training's
 ):
     """Train on what is to be believed of each label, by held-out predictions and an estimate of the noise. The history is the last
-    training's, the weights are the belief in each label. Raises `ValueError` without a meta set and for numbers out of range."""
-    check_clean(task.data, 'posterior labels')
+    training's, the weights are the belief in each label. Raises `ValueError` when a class has no clean sample and for numbers out of
+    range."""
+    check_clean(task.data, 'posterior labels', every_class=True)
     if certainty < 0: raise ValueError(f'certainty is {certainty}, it must be 0 or more')
-    noisy, both = without_meta(task.data), with_meta(task.data)
-    q = believed_labels(held_out_predictions(task, folds, fine_epochs, fine_lr), noisy.train.y)
-    known = F.one_hot(both.train.y[len(q):], both.n_classes).to(q.dtype) # the clean ones are behind them
-    q = torch.cat([q, known])
-    alike([q])
-    result = task.train(LabelMass(sample_weights(q, certainty)[:, None]*q), data=both)
-    belief = q[:len(task.data.train.y)].cpu()
+    if judge_rounds < 1: raise ValueError(f'judge_rounds is {judge_rounds}, it must be 1 or more')
+    if not 0 < judge_share <= 1: raise ValueError(f'judge_share is {judge_share}, it must be above 0 and at most 1')
+    q = judged_labels(task, judge_rounds, judge_share, folds, certainty, fine_epochs, fine_lr)
+    both = with_meta(task.data)
+    result = train_on_beliefs(replace(task, data=both), q, certainty)
+    belief = torch.cat([q, F.one_hot(both.train.y[len(q):], both.n_classes).to(q.dtype)])[:len(task.data.train.y)].cpu()
     return replace(result, weights=belief.gather(1, task.data.train.y.cpu()[:, None])[:, 0], class_weights=belief)
