@@ -246,7 +246,7 @@ def _run(s, source, model_fn, curves):
     with _logger(s) as log: here, curves, result, predictions, followed, seconds = _trained(s, data, here, fresh, curves, saved, log)
     row = {**_parameters(s, data, device, curves is not None), **_results(data, here, result, predictions), **seconds, **_machine(device)}
     kept = Classifier(result.model, data.reader or reader_of(data.train.x), tuple(map(str, data.classes)), made, setting_training(s).precision)
-    judged = probabilities_by_folds(s, data, model_fn) if s.judge_folds else None
+    judged = probabilities_by_folds(s, data, model_fn) if s.judge_folds else result.judged
     done = Run(row, data, result, curves, predictions, kept, judged, followed)
     if s.out_dir and rank() == 0:
         if s.save_model: save_classifier(kept, s.out_dir)
@@ -276,7 +276,7 @@ def _trained(s, data, here, fresh, curves, saved, log):
 
 def _without_clean(result, N):
     def cut(weights): return None if weights is None else weights[:N]
-    return replace(result, weights=cut(result.weights), class_weights=cut(result.class_weights))
+    return replace(result, weights=cut(result.weights), class_weights=cut(result.class_weights), judged=cut(result.judged))
 
 # %% ../nbs/14_experiment.ipynb #6caf6e66
 def _on_device(data, device, workers):
@@ -466,7 +466,8 @@ def test_predictions(
 def suspects(
     done:Run, # A run
 )->pd.DataFrame: # See `rank_labels`
-    "Train samples, those first whose label is believed least: by the trained model or, with `judge_folds`, by models that have not seen it."
+    """Train samples, those first whose label is believed least: by the trained model or, with `judge_folds` or posterior labels, by models that
+    have not seen it."""
     chances = _chances(done, done.data.train) if done.judged is None else done.judged
     return rank_labels(done.data, chances, done.result.weights, done.curves)
 

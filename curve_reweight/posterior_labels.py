@@ -165,4 +165,4 @@ def posterior_labels(task,
     both = with_meta(task.data)
     result = train_on_beliefs(replace(task, data=both), q, certainty)
     belief = torch.cat([q, F.one_hot(both.train.y[len(q):], both.n_classes).to(q.dtype)])[:len(task.data.train.y)].cpu()
-    return replace(result, weights=belief.gather(1, task.data.train.y.cpu()[:, None])[:, 0], class_weights=belief)
+    return replace(result, weights=belief.gather(1, task.data.train.y.cpu()[:, None])[:, 0], class_weights=belief, judged=belief)

@@ -228,6 +228,7 @@ class TrainResult:
     weights: torch.Tensor|None # Last weight of every train sample (of its label, for class-level weights) `[N]`, on the CPU; or None
     class_weights: torch.Tensor|None # Last class-level weights `[N, C]`, on the CPU; None for other rules
     history: pd.DataFrame # One row an epoch: `epoch, lr, loss, meta_loss, test_acc` (accuracy in %, NaN where there is no meta loss)
+    judged: torch.Tensor|None=None # Chance of each class to be the true one `[N, C]`, on the CPU, where a method asks models that have not seen the label
 
 def make_result(
     model:torch.nn.Module, # Trained
