@@ -44,6 +44,7 @@ def measure_costs(
     rounds:int=3, # Turns
     threads:int=1, # CPU threads
     source=None, # Own data, see `experiment.run`
+    methods=None, # Only these; `out` keeps its rows of others
 )->pd.DataFrame: # A row per method or variant: `method, cost, low, high, rounds, setting, commit, torch, threads`
     "Cost of every method of a grid in the first of its settings. Raises what `make_jobs` and `run` raise."
     torch.set_num_threads(threads)
@@ -55,9 +56,14 @@ def measure_costs(
     about = dict(rounds=rounds, setting=' '.join(map(str, _bias(first)[1:])), threads=threads, commit=git_commit(), torch=versions()['torch'])
     rows = []
     for name, setting in zip(progress(list(names), 'cost'), same):
+        if methods and setting.method not in methods: continue
         ratios = cost_ratios(setting, rounds, loaded_source(setting) if source is None else source)
         rows.append(dict(method=name, cost=statistics.median(ratios), low=min(ratios), high=max(ratios), **about))
     table = pd.DataFrame(rows)
+    if not rows: raise ValueError(f'the grid has none of {", ".join(methods)}')
+    if methods and out and Path(out).exists():
+        past = pd.read_csv(out)
+        table = pd.concat([past[~past.method.isin(table.method)], table], ignore_index=True)
     if out: make_out_dir(Path(out).parent); atomic_write(out, table.to_csv(index=False))
     return table
 
@@ -71,6 +77,7 @@ def main():
     parser.add_argument('--out', help='CSV to write')
     parser.add_argument('--rounds', type=int, default=3, help='turns of a method and plain training (default: 3)')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads (default: 1)')
+    parser.add_argument('--methods', nargs='+', help='only these; the CSV keeps its rows of others')
     try: print(measure_costs(**vars(parser.parse_args())).to_string(index=False))
     except (OSError, ValueError) as e: raise SystemExit(f'cost: {e}') from None
 

@@ -127,9 +127,9 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
 
     After `fit`: `classes_`; `model_`, the trained module; `sample_weight_ [n]`, learned weights by training row (checked rows 1; None for
     a method without weights); `label_quality_ [n]`, probability that the model gives to each row's label; `suggested_labels_ [n]`, the
-    classes that it predicts (both with `judge_folds` by models that have not seen the row); `history_`, a row an epoch."""
+    classes that it predicts (both with posterior labels or `judge_folds` by models that have not seen the row); `history_`, a row an epoch."""
     def __init__(self,
-        method='curvenet_gdw', # Method, see `Setting`
+        method='posterior_labels', # Method, see `Setting`
         model=None, # Classifier: a key of `models`, a function without arguments that makes a fresh module, or None, by the inputs
         features=None, # Frozen network that looks at images, see `features.find_feature_net`; None: none
         epochs=20, # Epochs of training, and of the probe where there is one

@@ -72,9 +72,9 @@ def read_rows(
 # %% ../nbs/17_report.ipynb #5c65acd6
 def base_name(
     name:str, # Of a table of the benchmark
-)->str: # Of the table that it is set beside: `X` for `X_more`, `X_guides` and `X_posterior`, which hold further methods; else its own
+)->str: # Of the table that it is set beside: `X` for `X_more` and `X_guides`, which hold further methods; else its own
     "Further methods are in tables of their own."
-    return re.sub('_(more|guides|posterior)$', '', name)
+    return re.sub('_(more|guides)$', '', name)
 
 def beside_base(
     tables:dict, # Name → rows from `read_rows`

@@ -103,7 +103,7 @@ class TrainingSetting:
 @dataclass(frozen=True)
 class MethodSetting:
     "Which method."
-    method:object = 'curvenet_gdw' # Method, or path/to/file.py:Name for one of your own; from Python also a class
+    method:object = 'posterior_labels' # Method, or path/to/file.py:Name for one of your own; from Python also a class
 
 @dataclass(frozen=True)
 class MachineSetting:
