@@ -117,7 +117,7 @@ def test_import_needs_no_notebook_packages_and_little_time():
     code = block + "import curve_reweight\nfrom curve_reweight import Setting, Weighting, run\n" \
            "import curve_reweight.plots\nprint(Setting().method)"
     done = python('-c', code, cwd=os.path.sep)
-    assert done.stdout == 'curvenet_gdw\n', done.stderr
+    assert done.stdout == 'posterior_labels\n', done.stderr
     done = python('-X', 'importtime', '-c', 'import curve_reweight')
     assert 'torch' not in done.stderr  # heavy parts wait until they are used
 
