@@ -166,7 +166,8 @@ class _Stopwatch(Checkpoints):
 @dataclass(frozen=True)
 class TimedTask(Task):
     "A task whose trainings take one epoch over a few samples; each is noted in `stages`."
-    whole: object = None # The `Training` as it would be
+    batch: int = 64 # Samples of a step as it would be
+    samples: int = 100 # Train samples of the whole, of which a training may see a part
     limit: int = 100 # Most samples that a training goes through
     stages: list = field(default_factory=list)
 
@@ -188,9 +189,9 @@ class TimedTask(Task):
     def saved(self, stage): return _Stopwatch(self.stages[-1].stamps)
 
     def _note(self, part, changes, rule=None):
-        whole, n, clean = replace(self.whole, **changes), len(part.train.y), int(part.from_meta.sum())
+        whole, n, clean = replace(self.training, batch_size=self.batch, **changes), len(part.train.y), int(part.from_meta.sum())
         only_clean = part.train.y is self.data.meta.y or n == clean
-        share = 0. if only_clean else (n - clean)/len(self.data.train.y)
+        share = 0. if only_clean else (n - clean)/self.samples
         learning = np.mean([rule.learns(e, whole.plan()) for e in range(whole.epochs)]) if rule is not None and rule.needs_meta else 1.
         learning /= self.meta.meta_every if rule is not None and rule.needs_meta else 1
         self.stages.append(Stage(whole.epochs, share, only_clean or clean > 0, whole.batch_size, self.training.batch_size, float(learning)))
@@ -291,7 +292,8 @@ def _stages(self:Forecast, s):
         plan = probe_plan(s.probe_epochs, s.probe_lr, s.batch_size, s.wave_batch_size, s.wave)
         curves = LossCurves(torch.rand(len(data.train.y), s.probe_epochs), data.train.y.cpu(), plan.lr)
         rate = None if data.matrix is None else s.noise_rate
-        task = TimedTask(data, self._fresh(s), replace(whole, epochs=1, batch_size=b), meta, curves, rate, whole=whole, limit=4*b)
+        task = TimedTask(data, self._fresh(s), replace(whole, batch_size=b), meta, curves, rate, batch=whole.batch_size,
+                         samples=len(data.train.y), limit=4*b)
         own = s.options_in_force()
         task.learn(s.method, **{name: own[name] for name in s.declared.options})
         return task.stages
