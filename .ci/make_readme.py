@@ -24,7 +24,7 @@ def readme():
     notebook = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
     notebook.metadata['language_info'] = {'name': 'python'}
     text, resources = exporter.from_notebook_node(notebook, {'output_files_dir': pictures})
-    text = from_the_root(text).replace('![png]', '![Loss curves and learned weights]')
+    text = from_the_root(text).replace('![png]', '![What is believed of labels]')
     text = '\n'.join(line.rstrip() for line in text.strip().splitlines())
     return re.sub(r'\n{3,}', '\n\n', text) + '\n', resources['outputs']
 
