@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-papermill_runs = '20', '22', '23', '24', '30', '33a', '34', '35' # notebooks with parameters
+papermill_runs = '20', '22', '23', '24', '25', '30', '33a', '34', '35' # notebooks with parameters
 
 
 def markdown_of(path):
