@@ -46,7 +46,8 @@ def measure_costs(
     source=None, # Own data, see `experiment.run`
     methods=None, # Only these; `out` keeps its rows of others
 )->pd.DataFrame: # A row per method or variant: `method, cost, low, high, rounds, setting, commit, torch, threads`
-    "Cost of every method of a grid in the first of its settings. Raises what `make_jobs` and `run` raise."
+    """Cost of every method of a grid in the first of its settings. Raises what `make_jobs` and `run` raise, and `ValueError` when the grid has
+    none of the methods."""
     torch.set_num_threads(threads)
     grid = path if isinstance(path, dict) else load_grid(path)
     settings = [job.setting for job in make_jobs(grid, 'runs')]

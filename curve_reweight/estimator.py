@@ -137,7 +137,7 @@ class ReweightedClassifier(ClassifierMixin, BaseEstimator):
         lr=.08, # Highest learning rate
         random_state=0, # Seed, a `RandomState` or None
         device='auto', # Where to train
-        judge_folds=0, # Parts of the rows, each judged for wrong labels by a model that has not seen it; 0: by the trained model
+        judge_folds=0, # Parts of the rows, each judged for wrong labels by a model that has not seen it; 0: by the trained model, or posterior labels' judges
         settings=None, # Further parameters of `Setting`, by name
     ):
         self.method, self.model, self.features, self.epochs, self.batch_size, self.lr = method, model, features, epochs, batch_size, lr

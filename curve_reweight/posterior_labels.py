@@ -112,7 +112,7 @@ def train_on_beliefs(
     q:torch.Tensor, # Believed labels of the others `[N, C]`
     certainty:float=4., # γ
 )->TrainResult:
-    "Train on believed labels and clean samples."
+    "Train on believed labels and clean samples. Raises `ValueError` for a negative γ."
     known = F.one_hot(task.data.train.y[len(q):], task.data.n_classes).to(q.dtype)
     q = torch.cat([q, known])
     return task.train(LabelMass(sample_weights(q, certainty)[:, None]*q))
@@ -127,7 +127,7 @@ def judged_labels(
     fine_epochs:int=10, # See there
     fine_lr:float=None, # See there
 )->torch.Tensor: # q `[N, C]`, for the train samples that are not from the clean set
-    "Believed labels by several rounds of judges."
+    "Believed labels by several rounds of judges. Raises what `spread` and `sample_weights` do."
     epochs = max(1, round(judge_share*task.training.epochs))
     y, opinions, q = without_meta(task.data).train.y, 0., None
     for r in range(rounds):

@@ -121,7 +121,7 @@ class MachineSetting:
     out_dir:str = '' # Folder for the results; empty: nothing is written
     save_model:bool = True # Keep the trained classifier in out_dir
     onnx:bool = False # Write it there as model.onnx too
-    judge_folds:int = 0 # Parts of the train set, each judged for wrong labels by a model that has not seen it; 0: by the trained model
+    judge_folds:int = 0 # Parts of the train set, each judged for wrong labels by a model that has not seen it; 0: by the trained model, or posterior labels' judges
     follow_samples:int = 0 # Train samples whose weights are followed from epoch to epoch, into followed.npz; 0: none
     overwrite:bool = False # Remove the results of another run from out_dir; without it such a folder is refused
 
