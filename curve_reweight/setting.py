@@ -254,7 +254,7 @@ def _unknown_step(setting):
 # %% ../nbs/13a_setting.ipynb #f5838bb3
 ranges = { # What a number must be → test, and the names of parameters and options that it is for
     'above 0': (lambda v: v > 0, ('lr probe_lr weight_lr gate_lr adam_lr fine_lr first_lr outer_lr label_lr virtual_lr '
-        'scale dirichlet temperature').split()),
+        'scale dirichlet temperature decay_factor').split()),
     'from 1 to 1,000,000': (lambda v: 1 <= v <= 10**6, ('epochs probe_epochs low_loss_per_class embedding open_layers gated_layers '
         'fine_epochs first_epochs class_groups lid_window lid_start average_epochs evaluate_every '
         'auxiliary_epochs rounds clean_net_steps synthetic_batches judge_rounds').split()),
