@@ -161,7 +161,8 @@ def scaled_decay(
     w:torch.Tensor, # The samples' weights `[N]`
     factor:float, # k, for samples that count the same and classes that are as large
 ): # The same with another weight decay
-    "A stronger weight decay, the fewer equal samples the weighted ones stand for."
+    """A stronger weight decay, the fewer equal samples the weighted ones stand for: times k·N_bal/N_eff, with N_bal the samples that there
+    would be if all classes were as large as the largest."""
     balanced = q.shape[1]*float(q.sum(0).max())
     return replace(training, weight_decay=training.weight_decay*factor*balanced/effective_samples(w))
 
