@@ -24,6 +24,7 @@ from .core import rng
 from .corruption import with_meta
 from .data import Samples
 from .loop import Memory, Plan, Precision, make_optimizer, probabilities
+from .processes import SampleTable, own_rows
 from .meta import Forward
 from .meta_baselines import SoftLabel
 from .train import make_result, repeated_meta
@@ -219,7 +220,7 @@ class FixedLabels(Relabelling):
         labels:torch.Tensor, # `[N, C]`
     ):
         super().__init__()
-        self.register_buffer('labels', labels)
+        self.labels = SampleTable(len(labels), own_rows(labels).clone())
 
     def forward(self, batch:Batch)->torch.Tensor: return self.labels[batch.index].to(batch.p.dtype)
 

@@ -30,7 +30,7 @@ from .datasets import RealData, load_source
 from .evaluate import accuracy_per_class, accuracy_summary, noise_auc
 from .features import with_features
 from .followed import FollowedTask, FollowedWeights
-from .loop import Plan, Precision, Training, predict, probabilities
+from .loop import Plan, Precision, Training, probabilities, shared_probabilities
 from .models import create_model
 from .probe import LossCurves, own_curves, probe, probe_plan, whole_curves
 from .processes import check_batch_size, from_first, joined, quiet_parts, rank, size
@@ -269,7 +269,7 @@ def _trained(s, data, here, fresh, curves, saved, log):
     seed_everything(s.seed)
     result = _without_clean(task.learn(s.method, **{name: in_force[name] for name in s.declared.options}), len(data.train.y))
     trained = time.perf_counter()
-    predictions = None if here.test is None else predict(result.model, here.test, precision=task.training.precision).cpu()
+    predictions = None if here.test is None else shared_probabilities(result.model, here.test, task.training.precision).argmax(1).cpu()
     followed = task.found[0].result() if s.follow_samples and task.found else None
     curves = curves and whole_curves(curves)
     return here, curves, result, predictions, followed, {'seconds_probe': probed - started, 'seconds_train': trained - probed}

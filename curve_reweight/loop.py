@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['schedules', 'Drops', 'lr_schedule', 'Plan', 'find_optimizer', 'make_optimizer', 'Precision', 'Training',
-           'probabilities', 'predict', 'accuracy', 'check_finite', 'Memory', 'training_mode', 'run_epochs']
+           'probabilities', 'shared_probabilities', 'predict', 'accuracy', 'check_finite', 'Memory', 'training_mode',
+           'run_epochs']
 
 # %% ../nbs/03a_loop.ipynb #a6b0246a
 import inspect, math
@@ -18,7 +19,8 @@ from torch import nn
 
 from .core import Checkpoints, batches, progress, random_state, rng, set_random_state
 from .data import Samples, stream
-from .processes import alike, count, from_first, gathered, owned, parted, rank, size, synchronise
+from .processes import (alike, common_parameters, count, from_first, own_rows, owned, parted, rank, size, synchronise, whole_rows,
+                                      without_rows)
 
 # %% ../nbs/03a_loop.ipynb #f81dcab1
 class Drops(NamedTuple):
@@ -161,6 +163,16 @@ def probabilities(
     for m, mode in modes.items(): m.training = mode
     return torch.cat(out)
 
+def shared_probabilities(
+    model:nn.Module, # Classifier, alike in all processes
+    samples:Samples, # Inputs of any kind, on the model's device; never augmented
+    precision:Precision=Precision(), # How forward passes are computed
+)->torch.Tensor: # `[n, C]`, float32, in all processes
+    "The same, for which each process looks at its share of the inputs."
+    if size() == 1: return probabilities(model, samples, precision=precision)
+    own = samples.take(own_rows(torch.arange(len(samples.y))))
+    return whole_rows(probabilities(model, own, precision=precision), len(samples.y))
+
 def predict(
     model:nn.Module, # Classifier
     samples:Samples, # Inputs of any kind, on the model's device; never augmented
@@ -219,7 +231,7 @@ def training_mode(
 # %% ../nbs/03a_loop.ipynb #97b9156a
 def run_epochs(
     step, # Function of (epoch, positions `[n]`, inputs `[n, ...]`, labels `[n]`) that trains and gives losses by name, numbers in tensors
-    learned:dict, # Name → all that `step` changes and that has a `state_dict`: classifiers, optimisers, rules, `Memory`
+    learned:dict, # Name → all that `step` changes and that has a `state_dict`: classifiers, optimisers, rules, `Memory`, `SampleTable`
     samples:Samples, # Train set, on the classifier's device
     plan:Plan, # Rate and batch size of every epoch
     training:Training=Training(), # Read for `augment`, `frozen_bn`, `precision` and `seed`
@@ -234,7 +246,7 @@ def run_epochs(
     device, c = samples.y.device, checkpoints or Checkpoints()
     set_rates = _rates(plan, [learned[name] for name in follow])
     with c:
-        at = _restore(from_first(c.load), learned, device)
+        at = _restore(_loaded(c, learned), learned, device)
         history, done, losses = at['history'], at['step'], at['losses']
         if size() > 1: _start_together(learned, training.seed, purpose, at)
         bar = progress(range(at['epoch'], len(plan.lr)), purpose)
@@ -249,7 +261,7 @@ def run_epochs(
                 found = step(epoch, torch.as_tensor(index).to(device, non_blocking=True), training.precision.place(x), y)
                 for name, loss in found.items(): losses.setdefault(name, []).append(loss)
                 done += 1
-                if _due(c): _save(c, _state(epoch, done, losses, history, learned, len(samples.y)))
+                if _due(c): _save(c, _state(epoch, done, losses, history, learned))
             if isinstance(learned.get('model'), nn.Module): alike(learned['model'].buffers())
             history.append({**_row(epoch, float(plan.lr[epoch]), losses, purpose), **(end(epoch) if end else {})})
             bar.set_postfix({k: f'{v:.3f}' for k, v in history[-1].items() if k not in ('epoch', 'lr')})
@@ -278,10 +290,17 @@ def _row(epoch, lr, losses, purpose):
     return row
 
 # %% ../nbs/03a_loop.ipynb #a650baaa
-def _state(epoch, done, losses, history, learned, n):
-    "What a checkpoint holds; tables with a row for each of the `n` samples are whole"
+def _state(epoch, done, losses, history, learned):
+    "What a checkpoint holds; tables of samples are whole in process 0"
     return {'epoch': epoch, 'step': done, 'losses': losses, 'history': history, 'random': random_state(),
-            'learned': {name: gathered(part.state_dict(), n) for name, part in learned.items()}}
+            'learned': {name: part.state_dict() for name, part in learned.items()}}
+
+def _loaded(checkpoints, learned):
+    "What process 0 finds in a checkpoint, in all processes; None: there is none. The rows of samples stay with it"
+    state = None if rank() else checkpoints.load()
+    def for_all(): return state and {**state, 'learned': {name: without_rows(part, learned[name]) for name, part in state['learned'].items()}}
+    common = from_first(for_all)
+    return common if rank() else state
 
 def _restore(state, learned, device):
     "Where a run goes on, with everything learned put back"
@@ -293,7 +312,7 @@ def _restore(state, learned, device):
 # %% ../nbs/03a_loop.ipynb #eb5d4376
 def _start_together(learned, seed, purpose, at):
     for part in learned.values():
-        if isinstance(part, nn.Module): alike(part.parameters())
+        if isinstance(part, nn.Module): alike(common_parameters(part))
     torch.manual_seed(int(rng(seed, purpose, 'process', rank(), at['epoch'], at['step']).integers(2**62)))
 
 def _due(c):

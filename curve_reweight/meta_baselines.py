@@ -15,7 +15,7 @@ from torch import nn
 
 from .loop import Plan
 from .meta import plain_step
-from .processes import count, total
+from .processes import SampleTable, count, own_rows, total
 from .weighting import Batch, Weighting, WeightNet, mean_one, method
 
 # %% ../nbs/11_meta_baselines.ipynb #362f91cb
@@ -45,7 +45,7 @@ class INSW(Weighting):
         n_samples:int, # Size of the train set, N
     ):
         super().__init__()
-        self.register_buffer('table', torch.ones(n_samples))
+        self.table = SampleTable(n_samples, torch.ones(len(own_rows(range(n_samples)))))
 
     def forward(self, batch:Batch)->torch.Tensor:
         "The table's weights for the virtual step, times n, as the loop takes means and the method a sum."
@@ -54,7 +54,7 @@ class INSW(Weighting):
     def real_weights(self, batch:Batch, weights:torch.Tensor|None=None, meta_gradient:torch.Tensor|None=None)->torch.Tensor:
         "The table's weights `[n]`, divided by their mean. After an update, the table has moved."
         if meta_gradient is not None:
-            gradient = count(len(batch.index))*(batch.D*meta_gradient).sum(1).to(self.table.dtype)
+            gradient = count(len(batch.index))*(batch.D*meta_gradient).sum(1).to(self.table.rows.dtype)
             self.table[batch.index] = (self.table[batch.index]/2 - gradient).clamp_min(1e-5)
         return mean_one(self.table[batch.index])
 
@@ -131,16 +131,18 @@ class SoftLabel(Weighting):
         label_smoothing:float=.1, # Probability taken from the observed label at the start
     ):
         super().__init__()
-        start = torch.full((len(y), n_classes), label_smoothing/(n_classes - 1)).scatter_(1, y.cpu()[:, None], 1 - label_smoothing)
-        self.table, self.label_lr = nn.Parameter(start.log()), label_lr
+        own = own_rows(y.cpu())
+        start = torch.full((len(own), n_classes), label_smoothing/(n_classes - 1)).scatter_(1, own[:, None], 1 - label_smoothing)
+        self.table, self.label_lr = SampleTable(len(y), start.log(), learned=True), label_lr
 
-    def forward(self, batch:Batch)->torch.Tensor: return F.embedding(batch.index, self.table, sparse=True).softmax(1)
+    def forward(self, batch:Batch)->torch.Tensor:
+        return F.embedding(self.table.place(batch.index), self.table.rows, sparse=True).softmax(1)
 
     def virtual_gradient(self, batch:Batch, labels:torch.Tensor)->torch.Tensor:
         "Logit gradient of the cross-entropy with soft labels."
         return batch.scale[:, None]*(batch.p*labels.sum(1, keepdim=True) - labels)
 
-    def make_optimizer(self): return torch.optim.SGD([self.table], lr=self.label_lr)
+    def make_optimizer(self): return torch.optim.SGD([self.table.rows], lr=self.label_lr)
 
 # %% ../nbs/11_meta_baselines.ipynb #0085dcd8
 @method('soft_label', 'Soft-label', learns=True, parallel=True)
@@ -162,7 +164,7 @@ class GenLabel(SoftLabel):
         plain_start:float=44/120, # Fraction of the epochs before labels are learned
     ):
         super().__init__(y, n_classes, label_lr)
-        self.table = nn.Parameter(label_start*F.one_hot(y.cpu(), n_classes).float())
+        self.table = SampleTable(len(y), label_start*F.one_hot(own_rows(y.cpu()), n_classes).float(), learned=True)
         self.virtual_lr, self.entropy_weight, self.plain_start = virtual_lr, entropy_weight, plain_start
 
     def virtual_step(self, params, grads, optimizer): return [p - self.virtual_lr*g for p, g in zip(params, grads)]

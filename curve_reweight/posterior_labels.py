@@ -18,7 +18,7 @@ from .baselines import check_clean, fine_tuning, posterior, without_meta
 from .clean_guides import FixedLabels
 from .core import rng
 from .corruption import with_meta
-from .loop import probabilities
+from .loop import shared_probabilities
 from .meta_baselines import SoftLabel
 from .processes import alike
 from .train import TrainResult
@@ -53,7 +53,7 @@ def held_out_predictions(
         rest, here = (torch.where(chosen)[0].to(device) for chosen in (part != k, part == k))
         data = replace(with_meta(noisy.take(rest)), test=None, val=None)
         model = learn(replace(task, data=data, log=None, after_epoch=None, checkpoints=_of_part(task.checkpoints, f'{name}{k}')), rest)
-        found[here] = probabilities(model, noisy.train.take(here), precision=task.training.precision)
+        found[here] = shared_probabilities(model, noisy.train.take(here), task.training.precision)
     return found
 
 def _of_part(checkpoints, name):
@@ -111,10 +111,13 @@ def train_on_beliefs(
     task, # Its train set ends with the clean samples
     q:torch.Tensor, # Believed labels of the others `[N, C]`
     certainty:float=4., # γ
+    decay_factor:float=None, # k of `scaled_decay`; None: the weight decay is left alone
 )->TrainResult:
     "Train on believed labels and clean samples. Raises `ValueError` for a negative γ."
     q = _with_known(q, task.data)
-    return task.train(LabelMass(sample_weights(q, certainty)[:, None]*q))
+    w = sample_weights(q, certainty)
+    training = task.training if decay_factor is None else scaled_decay(task.training, q, w, decay_factor)
+    return replace(task, training=training).train(LabelMass(w[:, None]*q))
 
 def _with_known(q, data):
     "Believed labels of the whole train set"
@@ -187,9 +190,6 @@ def posterior_labels(task,
     if not 0 < judge_share <= 1: raise ValueError(f'judge_share is {judge_share}, it must be above 0 and at most 1')
     q = judged_labels(task, judge_rounds, judge_share, folds, certainty, fine_epochs, fine_lr)
     both = with_meta(task.data)
-    belief = _with_known(q, both)
-    w = sample_weights(belief, certainty)
-    training = task.training if decay_factor is None else scaled_decay(task.training, belief, w, decay_factor)
-    result = replace(task, data=both, training=training).train(LabelMass(w[:, None]*belief))
-    belief = belief[:len(task.data.train.y)].cpu()
+    result = train_on_beliefs(replace(task, data=both), q, certainty, decay_factor)
+    belief = _with_known(q, both)[:len(task.data.train.y)].cpu()
     return replace(result, weights=belief.gather(1, task.data.train.y.cpu()[:, None])[:, 0], class_weights=belief, judged=belief)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from .core import Checkpoints, compile_function
 from .data import Samples
-from .loop import Memory, Plan, Training, run_epochs
-from .processes import batch_mean, from_first, own_rows, rank, share, size, sum_gradients, whole_rows
+from .loop import Plan, Training, run_epochs
+from .processes import SampleTable, batch_mean, from_first, own_rows, rank, rows_in_first, share, size, sum_gradients
 from .replay import Replay, recorder
 
 # %% ../nbs/04_probe.ipynb #c40972c0
@@ -94,7 +94,7 @@ def probe(
     N, T, c = len(samples.y), len(plan.lr), checkpoints or Checkpoints()
     optimizer = replace(training, lr=float(plan.lr.max())).optimizer_of(model)
     forward = compile_function(model) if training.precision.compiled else model
-    now = Memory(samples.y.device, losses=torch.zeros(N, device=samples.y.device)) # of this epoch
+    now = SampleTable(N, torch.zeros(len(own_rows(samples.y)), device=samples.y.device)) # losses of this epoch
     curves = None if file else torch.full((len(own_rows(samples.y)), T), torch.nan)
     past = Path(c.folder)/'probe_losses.f32' if c.folder else file and Path(file).with_suffix('.f32')
 
@@ -109,7 +109,7 @@ def probe(
 
     def step(epoch, index, x, y):
         losses, = learn(x, y)
-        now['losses'][index] = losses
+        now[index] = losses
         return {'loss': batch_mean(losses)}
 
     def begin(epoch, _):
@@ -118,9 +118,9 @@ def probe(
             if curves[0, e].isnan(): curves[:, e] = own_rows(from_first(lambda: _read_row(past, e, N))) # the run was stopped and goes on
 
     def end(epoch):
-        own = own_rows(now['losses'].cpu())
+        own = now.rows.cpu()
         if not file: curves[:, epoch] = own
-        row = whole_rows(own, N) if past else None
+        row = rows_in_first(own, N) if past else None
         if past and rank() == 0: _write_row(past, epoch, row)
         return {}
 
@@ -161,7 +161,7 @@ def whole_curves(
     N, T = len(curves.labels), curves.losses.shape[1]
     losses = torch.empty(N, T) if rank() == 0 else None
     for t in range(T):
-        row = whole_rows(curves.losses[:, t], N)
+        row = rows_in_first(curves.losses[:, t], N)
         if rank() == 0: losses[:, t] = row
     return LossCurves(losses, curves.labels, curves.lr) if rank() == 0 else None
 

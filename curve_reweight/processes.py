@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['patience', 'traffic', 'smallest_part', 'joined', 'size', 'rank', 'quiet_parts', 'total', 'totals', 'sum_gradients',
-           'count', 'batch_mean', 'share', 'owned', 'own_rows', 'whole_rows', 'gathered', 'parted', 'check_batch_size',
-           'from_first', 'alike', 'SyncedBatchNorm', 'synchronise']
+           'count', 'batch_mean', 'share', 'owned', 'own_rows', 'whole_rows', 'rows_in_first', 'rows_from_first',
+           'SampleTable', 'common_parameters', 'without_rows', 'parted', 'check_batch_size', 'from_first', 'alike',
+           'SyncedBatchNorm', 'synchronise']
 
 # %% ../nbs/02a_processes.ipynb #3d857a20
 import io, os, time
@@ -154,14 +155,82 @@ def whole_rows(
     out[rank()::size()] = rows
     return _summed(out).to(rows.dtype)
 
-def gathered(
-    state:dict, # Name → tensor, such as a module's `state_dict`
+# %% ../nbs/02a_processes.ipynb #caea42c3
+def rows_in_first(
+    rows:torch.Tensor, # Those of this process's samples `[N_r, ...]`
     n:int, # Samples in all, N
-)->dict: # The same, whole
-    "Tables with a row for each sample, whole again; a tensor that has N rows by chance is alike in all processes, and stays what it is."
-    if size() == 1: return state
-    def is_table(t): return isinstance(t, torch.Tensor) and t.ndim > 0 and len(t) == n
-    return {name: whole_rows(own_rows(t), n) if is_table(t) else t for name, t in state.items()}
+)->torch.Tensor|None: # `[N, ...]` in process 0, None in the others
+    "The rows of all samples, in process 0."
+    if size() == 1 or not len(rows): return rows
+    own = rows.new_zeros(-(-n//size()), *rows.shape[1:])
+    own[:len(rows)] = rows
+    parts = None if rank() else [torch.empty_like(own) for _ in range(size())]
+    with _told(): dist.gather(own, parts)
+    return None if rank() else torch.stack(parts, 1).flatten(0, 1)[:n]
+
+def rows_from_first(
+    rows:torch.Tensor|None, # Those of all samples `[N, ...]` in process 0, anything in the others
+)->torch.Tensor: # `[N_r, ...]`
+    "The rows of this process's samples, from process 0."
+    if size() == 1: return rows
+    n, *shape, dtype = from_first(lambda: (*rows.shape, rows.dtype))
+    own = torch.empty(most := -(-n//size()), *shape, dtype=dtype)
+    if not n: return own
+    parts = None if rank() else list(torch.cat([rows.cpu(), own.new_zeros(most*size() - n, *shape)]).view(most, size(), *shape).unbind(1))
+    with _told(): dist.scatter(own, parts and [part.contiguous() for part in parts])
+    return own[:len(own_rows(range(n)))]
+
+# %% ../nbs/02a_processes.ipynb #eb5b8c5f
+class SampleTable(nn.Module):
+    """One row for each train sample, `table[index]`; each of several processes holds those of its own samples. All ask for its `state_dict`
+    together, which is whole in process 0, and load it together."""
+    def __init__(self,
+        n_samples:int, # N
+        rows:torch.Tensor|None=None, # Of this process's samples `[N_r, ...]`, see `own_rows`; None: ones, in the shape of what is first written
+        learned:bool=False, # Whether an optimiser changes them
+        device='cpu', # Where they lie that are not there yet
+    ):
+        super().__init__()
+        self.n_samples = n_samples
+        rows = torch.empty(0, device=device) if rows is None else rows
+        if learned: self.rows = nn.Parameter(rows)
+        else: self.register_buffer('rows', rows)
+
+    def __len__(self): return len(self.rows) # How many are here
+
+    def place(self, index): return index if size() == 1 else index//size() # Of samples that this process owns, in `rows`
+
+    def __getitem__(self, index): return self.rows[self.place(index)]
+
+    def __setitem__(self, index, values):
+        if not len(self): self.rows = values.new_ones(len(own_rows(range(self.n_samples))), *values.shape[1:])
+        self.rows[self.place(index)] = values
+
+    def _save_to_state_dict(self, state, prefix, keep_vars): state[f'{prefix}rows'] = rows_in_first(self.rows.detach(), self.n_samples)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state, prefix, *others):
+        rows = rows_from_first(state[f'{prefix}rows'])
+        if rows.shape == self.rows.shape: self.rows.copy_(rows)
+        else: self.rows = rows.to(self.rows.device)
+
+# %% ../nbs/02a_processes.ipynb #d58274f2
+def _tables(part): return [(name, m) for name, m in part.named_modules() if isinstance(m, SampleTable)] if isinstance(part, nn.Module) else []
+
+def common_parameters(
+    part:nn.Module, # Anything
+)->list: # Of tensors
+    "The parameters that are alike in all processes: those of no `SampleTable`."
+    rows = {id(m.rows) for _, m in _tables(part)}
+    return [p for p in part.parameters() if id(p) not in rows]
+
+def without_rows(
+    state:dict, # Of a part, whole
+    part, # Whose it is
+)->dict: # The same with None in the place of rows of samples
+    "What all processes need of a state."
+    rows = {f'{name}.rows'.lstrip('.') for name, _ in _tables(part)}
+    return {name: None if name in rows else value for name, value in state.items()}
 
 # %% ../nbs/02a_processes.ipynb #32b30787
 smallest_part = 8 # Samples of a batch for each process, in the mean

@@ -21,9 +21,10 @@ from fastcore.basics import patch
 from .core import Checkpoints, batches, rng
 from .corruption import BiasedData
 from .data import stream
-from .loop import Memory, Training, accuracy, run_epochs
+from .loop import Training, accuracy, run_epochs
 from .meta import engines, meta_gradient
-from .processes import batch_mean, count, gathered, own_rows, owned, parted, share, size, sum_gradients, total
+from .processes import (SampleTable, batch_mean, count, own_rows, owned, parted, share, size, sum_gradients, total,
+                                      whole_rows)
 from .replay import Replay, recorder
 from .reuse import Compiled, forward_pass
 from .slmo import skipped, skipped_modes, split_model
@@ -277,9 +278,9 @@ def train(
     Raises `ValueError` for choices that cannot be and `FloatingPointError` when a loss runs away."""
     if rule is not None and rule.needs_meta and not len(data.meta.y):
         raise ValueError(f'{type(rule).__name__} learns from clean samples, but the meta set is empty')
-    learner, plan, kept = Learner(model, rule, training, meta), training.plan(), Memory(data.train.y.device)
+    learner, plan, kept = Learner(model, rule, training, meta), training.plan(), SampleTable(len(data.train.y), device=data.train.y.device)
     begin, step = _steps(learner, data, training, plan, kept)
-    def weights(): return gathered(kept, len(data.train.y)).get('weights') # of all processes
+    def weights(): return whole_rows(kept.rows, kept.n_samples) if len(kept) else None
     def end(epoch):
         if after_epoch: after_epoch(epoch, weights())
         return held_out_accuracies(model, data, training, epoch)
@@ -309,9 +310,9 @@ def _steps(learner, data, training, plan, kept):
             _, x_meta, y_meta = next(now.meta_batches)
             found['loss'], found['meta_loss'], new = meta_step(index, x, y, training.precision.place(x_meta), y_meta, scale)
         else:
-            last = kept['weights'][index] if 'weights' in kept and not now.learning else None
+            last = kept[index] if len(kept) and not now.learning else None
             found['loss'], new = plain_step(index, x, y, rule if now.learning or last is not None else None, last, scale)
-        if new is not None: kept.setdefault('weights', new.new_ones(len(data.train.y), *new.shape[1:]))[index] = new
+        if new is not None: kept[index] = new
         now.taken += 1
         return found
     return begin, step

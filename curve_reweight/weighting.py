@@ -92,7 +92,7 @@ class Weighting(nn.Module):
     looks_ahead = False # Whether the real step's weights come from the meta gradient, so there is no real step without it
     virtual_step = None # A virtual step of the rule's own, see `steps.virtual_steps`
     replayable = False # Whether all that it changes in a step are tensors, in place: a GPU can then replay its steps, see `replay.Replay`
-    parallel = False # Whether several processes can train it: what it sums over a batch, it sums by `processes`
+    parallel = False # Whether several processes can train it: sums over a batch are those of `processes`, tables of samples are `SampleTable`s
 
     def __init__(self,
         task=None, # What the rule may look at before training, see `train.Task`; a rule that is run by its name is given it
