@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.nn.functional as F
 from torch import distributed as dist, nn
+from torch.distributed.rendezvous import rendezvous
 
 # %% ../nbs/02a_processes.ipynb #fb990a50
 patience = 300 # Seconds that a process waits for the others before it gives up
@@ -26,11 +27,17 @@ def joined():
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or size() > 1: yield; return
     gpu, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if gpu < gpus: torch.cuda.set_device(gpu)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', timeout=timedelta(seconds=patience))
+    _meet('cpu:gloo,cuda:nccl' if gpus else 'gloo', timedelta(seconds=patience))
     try:
         yield
         _part_in_peace()
     finally: dist.destroy_process_group()
+
+def _meet(backend, timeout):
+    "On one machine, processes that `torchrun` starts again do not look for those before them; several machines count restarts each by itself"
+    store, number, many = next(rendezvous('env://', timeout=timeout))
+    if os.environ.get('GROUP_WORLD_SIZE', '1') == '1': store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=many, timeout=timeout)
 
 def _part_in_peace():
     "Process 0 may not have read the last message yet, and a process that ends takes its messages with it: wait for its answer"

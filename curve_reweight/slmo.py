@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from .loop import Plan
+from .processes import alike
 from .weighting import MWNet, WeightNet, method
 
 # %% ../nbs/09_slmo.ipynb #ec42483e
@@ -116,7 +117,7 @@ class LayerGates(nn.Module):
         "Draw the gates, given the gradients of the virtual step."
         seen, self.names = dict(zip(names, G)), list(names)
         scores = [gate(_by_channel(seen[name])) for name, gate in zip(self.layers, self.gates)]
-        self.acts = torch.stack([F.gumbel_softmax(s, tau=1., hard=True)[1] for s in scores]) if scores else G[0].new_zeros(0)
+        self.acts = _drawn(torch.stack(scores)) if scores else G[0].new_zeros(0)
         is_open = dict(zip(self.layers, (self.acts > .5).tolist()))
         return [name in self.last or is_open.get(name, False) for name in names]
 
@@ -148,6 +149,16 @@ def _gate(size, hidden):
     inner = nn.Linear(size, hidden), nn.PReLU(), nn.Linear(hidden, hidden), nn.PReLU()
     return nn.Sequential(*inner, nn.Linear(hidden, 2))
 
+def _drawn(scores):
+    "Whether each gate `[k, 2]` is open, 1 or 0, with the gradient of the soft choice (Gumbel-softmax, straight through); process 0 draws"
+    noise = _gumbel(scores)
+    alike([noise])
+    soft = (scores + noise).softmax(1)
+    hard = F.one_hot(soft.argmax(1), 2).to(soft.dtype)
+    return (hard - soft.detach() + soft)[:, 1]
+
+def _gumbel(scores): return torch.stack([-torch.empty_like(s).exponential_().log() for s in scores.detach()])
+
 def _by_channel(g):
     "Sums of a gradient by output channel, with mean 0 and deviation 1"
     sums = g.flatten(1).sum(1) if g.ndim > 1 else g
@@ -176,12 +187,11 @@ class FaMUS(MWNet):
     def start_epoch(self, epoch:int, plan:Plan): self.rate.fill_(float(plan.lr[epoch]))
 
     def make_gates(self, model:nn.Module)->LayerGates:
-        "Gates on the device of the model."
-        gates = LayerGates(model, **self.gating, rate=self.rate)
-        return gates.to(next(model.parameters()).device)
+        "Gates on the device of the model, with numbers of its kind."
+        return LayerGates(model, **self.gating, rate=self.rate).to(next(model.parameters()))
 
 # %% ../nbs/09_slmo.ipynb #e01561ec
-@method('famus', 'FaMUS', learns=True, virtual_step='plain')
+@method('famus', 'FaMUS', learns=True, virtual_step='plain', parallel=True)
 @delegates(FaMUS)
 def famus(task, **kwargs):
     "FaMUS (Xu et al., CVPR 2021): Meta-Weight-Net, taught through the layers that gates choose; without mixture, MixMatch and two nets."

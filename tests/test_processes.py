@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,14 @@ import pytest
 import torch
 from torch import nn
 
+from curve_reweight import slmo
 from curve_reweight.core import load_checkpoint, seed_everything
 from curve_reweight.corruption import BiasedData
 from curve_reweight.data import Samples
 from curve_reweight.experiment import run
 from curve_reweight.loop import Training
 from curve_reweight.probe import LossCurves, own_curves, probe, probe_plan, whole_curves
-from curve_reweight.processes import SampleTable, joined, own_rows, traffic
+from curve_reweight.processes import SampleTable, joined, own_rows, size, total, traffic
 from curve_reweight.replay import recorder
 from curve_reweight.setting import Setting
 from curve_reweight.train import Meta, Task, train
@@ -88,6 +90,7 @@ cases = {  # Name → method, its options, and changes of the training and the m
     'SLMO': ('mwnet', {}, {'skip_layers': '2'}), 'SLMO, eval': ('curvenet', {}, {'skip_layers': '2', 'skipped_mode': 'eval'}),
     'online': ('curvenet', {}, {'online': True}), 'meta_every': ('mwnet', {}, {'meta_every': 2}),
     'Adam': ('mwnet', {}, {'optimizer': 'adam', 'virtual_step': 'optimizer'}), 'double backward': ('mwnet', {}, {'engine': 'double_backward'}),
+    'famus': ('famus', {'open_layers': 2}, {}), 'famus, drawn': ('famus', {'open_layers': 2}, {}),
     'sync_bn': ('mwnet', {}, {'sync_bn': True}), 'sync_bn, double backward': ('gdw', {}, {'sync_bn': True, 'engine': 'double_backward'}),
 }
 
@@ -104,7 +107,8 @@ def trained(case):
     training = Training(epochs=4, lr=.01 if 'optimizer' in changes else .1, batch_size=64, schedule='cosine', **in_training)
     meta = Meta(**{'meta_batch_size': 32, 'virtual_step': method.virtual_step, **{k: v for k, v in changes.items() if k not in in_training}})
     model = network('sync_bn' in changes)
-    result = train(model, d, rule, training, meta)
+    with patch.object(slmo, '_gumbel', slmo._gumbel if 'drawn' in case else torch.zeros_like): result = train(model, d, rule, training, meta)
+    for p in model.parameters(): torch.testing.assert_close(total(p.detach()), size()*p.detach())  # processes stay together
     weights = {} if result.weights is None else {'weights': result.weights}
     numbers = {k: torch.tensor(result.history[k]) for k in ('loss', 'meta_loss', 'test_acc')}
     own = {} if rule is None else {f'rule {k}': v for k, v in rule.state_dict().items() if v is not None and v.is_floating_point()}
@@ -134,6 +138,7 @@ def check(folder, names):
     in_two(folder, all_cases, names, str(folder/'found.pt'))
     together = torch.load(folder/'found.pt')
     for case in names:
+        if 'drawn' in case: continue  # one process draws otherwise than two
         alone = trained(case)
         assert alone.keys() == together[case].keys()
         for name, a in alone.items():
@@ -248,7 +253,7 @@ def test_steps_of_several_processes_are_not_recorded(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('method', ['ce', 'glc', 'fine_tuning', 'posterior_labels', 'meta_only', 'oracle', 'ldam_drw', 'ceiling', 'insw',
-                                    'soft_label'])
+                                    'soft_label', 'famus'])
 def test_other_methods_and_more_processes_in_the_middle(method, tmp_path):
     "One process begins, two go on"
     out = tmp_path/'out'
@@ -280,6 +285,21 @@ def test_torchrun_starts_it_and_says_errors_once(tmp_path):
     for bad, sentence in ('--noise_rate=2', 'noise_rate is 2'), ('--method=har', 'har cannot be trained by several processes'):
         done = subprocess.run([*start, *words, bad, f'--out_dir={tmp_path}/refused'], capture_output=True, text=True)
         assert done.returncode != 0 and done.stderr.count(sentence) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_again_when_a_process_dies(tmp_path):
+    out = tmp_path/'out'
+    start = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', '--max-restarts=1', '-m', 'curve_reweight']
+    words = words_of({**small, 'method': 'insw', 'epochs': 12, 'out_dir': out})
+    with open(tmp_path/'said', 'w') as said: agent = subprocess.Popen([*start, *words], stdout=said, stderr=said)
+    until = time.monotonic() + 120
+    while not (out/'train.previous.pt').exists() and agent.poll() is None and time.monotonic() < until: time.sleep(.01)
+    children = subprocess.run(['pgrep', '-P', str(agent.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert agent.wait(120) == 0, (tmp_path/'said').read_text()
+    history = pd.read_csv(out/'history.csv')
+    assert row(out)['processes'] == 2 and history.epoch.tolist() == list(range(12)) and len(children) == 2
 
 
 def test_own_loop_on_the_page(root):
