@@ -24,9 +24,9 @@ from .core import rng
 from .corruption import with_meta
 from .data import Samples
 from .loop import Memory, Plan, Precision, make_optimizer, probabilities
-from .processes import SampleTable, own_rows
 from .meta import Forward
 from .meta_baselines import SoftLabel
+from .processes import SampleTable, own_rows
 from .train import make_result, repeated_meta
 from .weighting import Batch, Weighting, WeightNet, method
 

@@ -168,7 +168,7 @@ def shared_probabilities(
     samples:Samples, # Inputs of any kind, on the model's device; never augmented
     precision:Precision=Precision(), # How forward passes are computed
 )->torch.Tensor: # `[n, C]`, float32, in all processes
-    "The same, for which each process looks at its share of the inputs."
+    "Predicted probabilities as `probabilities` has them; each of several processes looks at its share of the inputs."
     if size() == 1: return probabilities(model, samples, precision=precision)
     own = samples.take(own_rows(torch.arange(len(samples.y))))
     return whole_rows(probabilities(model, own, precision=precision), len(samples.y))

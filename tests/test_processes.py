@@ -23,7 +23,7 @@ from curve_reweight.core import load_checkpoint, seed_everything
 from curve_reweight.corruption import BiasedData
 from curve_reweight.data import Samples
 from curve_reweight.experiment import run
-from curve_reweight.loop import Training
+from curve_reweight.loop import Training, probabilities, shared_probabilities
 from curve_reweight.probe import LossCurves, own_curves, probe, probe_plan, whole_curves
 from curve_reweight.processes import SampleTable, joined, own_rows, size, total, traffic
 from curve_reweight.replay import recorder
@@ -110,6 +110,7 @@ def trained(case):
     model = network('sync_bn' in changes)
     with patch.object(slmo, '_gumbel', slmo._gumbel if 'drawn' in case else torch.zeros_like): result = train(model, d, rule, training, meta)
     for p in model.parameters(): torch.testing.assert_close(total(p.detach()), size()*p.detach())  # processes stay together
+    torch.testing.assert_close(shared_probabilities(model, d.test), probabilities(model, d.test))
     weights = {} if result.weights is None else {'weights': result.weights}
     numbers = {k: torch.tensor(result.history[k]) for k in ('loss', 'meta_loss', 'test_acc')}
     own = {} if rule is None else {f'rule {k}': v for k, v in rule.state_dict().items() if v is not None and v.is_floating_point()}
