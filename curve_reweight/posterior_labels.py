@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['spread', 'held_out_predictions', 'noise_counts', 'believed_labels', 'information', 'sample_weights', 'LabelMass',
-           'train_on_beliefs', 'judged_labels', 'effective_samples', 'scaled_decay', 'posterior_labels']
+           'train_on_beliefs', 'Round', 'judging_rounds', 'effective_samples', 'scaled_decay', 'label_log_likelihood',
+           'decay_gain', 'posterior_labels']
 
 # %% ../nbs/11d_posterior_labels.ipynb #7d06547b
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 
 from .baselines import check_clean, fine_tuning, posterior, without_meta
 from .clean_guides import FixedLabels
@@ -111,12 +114,12 @@ def train_on_beliefs(
     task, # Its train set ends with the clean samples
     q:torch.Tensor, # Believed labels of the others `[N, C]`
     certainty:float=4., # γ
-    decay_factor:float=None, # k of `scaled_decay`; None: the weight decay is left alone
+    decay_factor:float=0., # k of `scaled_decay`; 0: the weight decay is left alone
 )->TrainResult:
     "Train on believed labels and clean samples. Raises `ValueError` for a negative γ."
     q = _with_known(q, task.data)
     w = sample_weights(q, certainty)
-    training = task.training if decay_factor is None else scaled_decay(task.training, q, w, decay_factor)
+    training = scaled_decay(task.training, q, w, decay_factor) if decay_factor else task.training
     return replace(task, training=training).train(LabelMass(w[:, None]*q))
 
 def _with_known(q, data):
@@ -124,7 +127,14 @@ def _with_known(q, data):
     return torch.cat([q, F.one_hot(data.train.y[len(q):], data.n_classes).to(q.dtype)])
 
 # %% ../nbs/11d_posterior_labels.ipynb #7d5088fd
-def judged_labels(
+class Round(NamedTuple):
+    "What a round of judges was, and what came of it"
+    task: object # How its judges were trained
+    before: torch.Tensor|None # Beliefs that they were trained on `[N, C]`; None: labels
+    said: torch.Tensor # What they say of samples that they have not seen, as logarithms `[N, C]`
+    q: torch.Tensor # Beliefs after it `[N, C]`
+
+def judging_rounds(
     task, # Its data, and how to train
     rounds:int=3, # R, see `posterior_labels`
     judge_share:float=.5, # See there
@@ -132,8 +142,8 @@ def judged_labels(
     certainty:float=4., # See there
     fine_epochs:int=10, # See there
     fine_lr:float=None, # See there
-)->torch.Tensor: # q `[N, C]`, for the train samples that are not from the clean set
-    "Believed labels by several rounds of judges. Raises what `spread` and `sample_weights` do."
+): # Yields R of `Round`, for the train samples that are not from the clean set
+    "Round after round of judges, each trained on the beliefs of the one before. Raises what `spread` and `sample_weights` do."
     epochs = max(1, round(judge_share*task.training.epochs))
     y, opinions, q = without_meta(task.data).train.y, 0., None
     for r in range(rounds):
@@ -141,14 +151,16 @@ def judged_labels(
         def learn(alone, rest):
             if q is None: return fine_tuning(alone, fine_epochs, fine_lr).model
             return train_on_beliefs(alone, q[rest], certainty).model
-        opinions = opinions + held_out_predictions(this, learn, folds, f'round{r}_part').clamp_min(1e-6).log()
+        before, said = q, held_out_predictions(this, learn, folds, f'round{r}_part').clamp_min(1e-6).log()
+        opinions = opinions + said
         q = believed_labels((opinions/(r + 1)).softmax(1), y)
         alike([q])
-    return q
+        yield Round(this, before, said, q)
 
 def _another(make_model, r):
     "A maker of other classifiers for each round"
     return lambda which=0: make_model(which + r)
+
 
 # %% ../nbs/11d_posterior_labels.ipynb #33126d0c
 def effective_samples(
@@ -169,6 +181,34 @@ def scaled_decay(
     balanced = q.shape[1]*float(q.sum(0).max())
     return replace(training, weight_decay=training.weight_decay*factor*balanced/effective_samples(w))
 
+# %% ../nbs/11d_posterior_labels.ipynb #c1d09e37
+def label_log_likelihood(
+    said:torch.Tensor, # Logarithms of the true class's probabilities, by classifiers that have not seen the label `[N, C]`
+    y:torch.Tensor, # Observed labels `[N]`
+    J:torch.Tensor, # True class × label, see `noise_counts` `[C, C]`
+)->float:
+    "Mean logarithm of the probability of a label, with what is said taken to the power (0.1 to 10) that makes it highest."
+    def missed(log_power):
+        p = (said*10**log_power).softmax(1)
+        return -float(((p*J.T[y]).sum(1)/(p @ J.sum(1))).log().mean())
+    return -minimize_scalar(missed, bounds=(-1, 1), method='bounded').fun
+
+def decay_gain(
+    last:Round, # A round that was not the first
+    factor:float=5., # k of `scaled_decay`
+    folds:int=2, # As in the round
+    certainty:float=4., # As in the round
+)->float: # Above 0: with it
+    "What judges of a round would gain in `label_log_likelihood` by a scaled weight decay, on at most 65,536 samples."
+    y = without_meta(last.task.data).train.y
+    def learn(alone, rest): return train_on_beliefs(alone, last.before[rest], certainty, factor).model
+    decayed = held_out_predictions(last.task, learn, folds, 'decayed_part').clamp_min(1e-6).log()
+    some = slice(None, None, math.ceil(len(y)/2**16))
+    J = noise_counts(last.said[some].softmax(1), y[some])
+    gain = y.new_tensor(label_log_likelihood(decayed[some], y[some], J) - label_log_likelihood(last.said[some], y[some], J), dtype=torch.double)
+    alike([gain])
+    return float(gain)
+
 # %% ../nbs/11d_posterior_labels.ipynb #45eba9a5
 @method('posterior_labels', 'posterior labels', needs_clean=True, parallel=True)
 def posterior_labels(task,
@@ -178,18 +218,19 @@ def posterior_labels(task,
     certainty:float=4., # Posterior labels: power of the information in a sample's belief, γ
     fine_epochs:int=10, # Epochs on the clean samples
     fine_lr:float=None, # Highest learning rate there; None: a tenth of the training's
-    decay_factor:float=None, # Posterior labels: factor of the last training's weight decay, see `scaled_decay`; None: it is left alone
+    decay_factor:float=None, # Posterior labels: factor of the last training's weight decay, see `scaled_decay`; 0: it is left alone; None: 5 or 0, as the judges gain by it
 ):
     """Train on what is to be believed of each label, by held-out predictions and an estimate of the noise. The history is the last
-    training's, the weights are the belief in each label. Raises `ValueError` when a class has no clean sample and for numbers out of
+    training's, the weights are the belief in each label. One round has no judges that gain by weight decay: None is 0 there. Raises `ValueError` when a class has no clean sample and for numbers out of
     range."""
     check_clean(task.data, 'posterior labels', every_class=True)
     if certainty < 0: raise ValueError(f'certainty is {certainty}, it must be 0 or more')
     if judge_rounds < 1: raise ValueError(f'judge_rounds is {judge_rounds}, it must be 1 or more')
-    if decay_factor is not None and decay_factor <= 0: raise ValueError(f'decay_factor is {decay_factor}, it must be above 0')
+    if decay_factor is not None and decay_factor < 0: raise ValueError(f'decay_factor is {decay_factor}, it must be 0 or more')
     if not 0 < judge_share <= 1: raise ValueError(f'judge_share is {judge_share}, it must be above 0 and at most 1')
-    q = judged_labels(task, judge_rounds, judge_share, folds, certainty, fine_epochs, fine_lr)
+    *_, last = judging_rounds(task, judge_rounds, judge_share, folds, certainty, fine_epochs, fine_lr)
+    if decay_factor is None: decay_factor = 5. if judge_rounds > 1 and decay_gain(last, 5., folds, certainty) > 0 else 0.
     both = with_meta(task.data)
-    result = train_on_beliefs(replace(task, data=both), q, certainty, decay_factor)
-    belief = _with_known(q, both)[:len(task.data.train.y)].cpu()
+    result = train_on_beliefs(replace(task, data=both), last.q, certainty, decay_factor)
+    belief = _with_known(last.q, both)[:len(task.data.train.y)].cpu()
     return replace(result, weights=belief.gather(1, task.data.train.y.cpu()[:, None])[:, 0], class_weights=belief, judged=belief)

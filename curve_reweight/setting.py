@@ -254,14 +254,14 @@ def _unknown_step(setting):
 # %% ../nbs/13a_setting.ipynb #f5838bb3
 ranges = { # What a number must be → test, and the names of parameters and options that it is for
     'above 0': (lambda v: v > 0, ('lr probe_lr weight_lr gate_lr adam_lr fine_lr first_lr outer_lr label_lr virtual_lr '
-        'scale dirichlet temperature decay_factor').split()),
+        'scale dirichlet temperature').split()),
     'from 1 to 1,000,000': (lambda v: 1 <= v <= 10**6, ('epochs probe_epochs low_loss_per_class embedding open_layers gated_layers '
         'fine_epochs first_epochs class_groups lid_window lid_start average_epochs evaluate_every '
         'auxiliary_epochs rounds clean_net_steps synthetic_batches judge_rounds').split()),
     'from 2 to 1,000,000': (lambda v: 2 <= v <= 10**6, ['lid_neighbours', 'lid_samples', 'folds']),
     '0 or more': (lambda v: v >= 0, ('weight_decay weight_net_decay meta_per_class val_per_class workers checkpoint_seconds focal_gamma '
         'max_margin clip gate_penalty gradient_matching forget_epochs har_penalty har_weight_decay label_start entropy_weight '
-        'prior_weight drop_epochs plain_epochs negative_weight consistency_weight certainty').split()),
+        'prior_weight drop_epochs plain_epochs negative_weight consistency_weight certainty decay_factor').split()),
     'a fraction from 0 to 1': (lambda v: 0 <= v <= 1, ('noise_rate drw_start label_share pace_start label_smoothing '
         'plain_start warm_share update_start given_share loss_percentile burn_in planted_rate perturbed_share teacher_memory').split()),
     'above 0 and at most 1': (lambda v: 0 < v <= 1, ['judge_share']),
