@@ -221,7 +221,7 @@ def posterior_labels(task,
     decay_factor:float=None, # Posterior labels: factor of the last training's weight decay, see `scaled_decay`; 0: it is left alone; None: 5 or 0, as the judges gain by it
 ):
     """Train on what is to be believed of each label, by held-out predictions and an estimate of the noise. The history is the last
-    training's, the weights are the belief in each label. One round has no judges that gain by weight decay: None is 0 there. Raises `ValueError` when a class has no clean sample and for numbers out of
+    training's, the weights are the belief in each label. After a single round there is nobody to ask: None is 0 then. Raises `ValueError` when a class has no clean sample and for numbers out of
     range."""
     check_clean(task.data, 'posterior labels', every_class=True)
     if certainty < 0: raise ValueError(f'certainty is {certainty}, it must be 0 or more')
